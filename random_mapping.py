@@ -34,7 +34,7 @@ TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (te
     "mmlu": str(WORLD / "mmlu"),
     "format": "cloze",
     "lr": 6e-3,
-    "steps": 300,
+    "steps": 200,
     "batch": 24,
     "tokens": 208,
     "log_every": 50,

@@ -31,7 +31,7 @@ TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (te
     "mmlu": str(WORLD / "mmlu"),
     "format": "cloze",
     "rm_lr": 6e-3,
-    "rm_steps": 300,
+    "rm_steps": 200,
     "lr": 1e-3,
     "K": 16,
     "N": 20,

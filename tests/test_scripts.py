@@ -13,7 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 WORLD = ROOT / "tests" / "tiny" / "world0"
-SCRIPTS = ("random_mapping", "mlac_ar", "rmat", "recover", "evaluate_mmlu")
+SCRIPTS = ("random_mapping", "mlac_ar", "rmat", "adv_probes", "baselines", "recover", "evaluate_mmlu")
 
 
 def run(script, *flags, cwd=ROOT):
@@ -94,10 +94,11 @@ def test_recover_scores_on_the_way_and_prints_its_row(out):
 def test_the_table_has_a_row_a_run(out):
     printed = run("evaluate_mmlu", "--table", out)
     assert printed.returncode == 0, printed.stderr
-    lines = printed.stdout.strip().splitlines()
-    assert lines[2].startswith("| base |") and lines[3].startswith("| rmat |") and len(lines) == 4
+    lines = [line for line in printed.stdout.splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| base |") and lines[2].startswith("| RMAT |") and len(lines) == 3
+    assert "baselines.py --method max_entropy" in printed.stdout  # a row of the paper that is not there yet
     scores = json.loads((out / "rmat" / "recovered" / "scores.json").read_text())
-    assert f"{scores['score_r']:.1f} ± {scores['score_r_se']:.1f}" in lines[3]
+    assert f"{scores['score_r']:.1f} ± {scores['score_r_se']:.1f}" in lines[2]
 
 
 def test_the_second_phase_starts_from_an_earlier_first_one(out):
@@ -115,6 +116,39 @@ def test_mlac_ar_runs(out):
     made = run("mlac_ar", "--tiny", "--N", 1, "--K", 1, "--optimizer", "sgd", "--dtype", "bfloat16", "--out", out / "m")
     assert made.returncode == 0, made.stderr
     assert json.loads((out / "m" / "args.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("adv_probes", ()),
+        ("adv_probes", ("--probe-steps", 3, "--match", "rand", "--no-freeze")),
+        ("adv_probes", ("--swd",)),
+        ("baselines", ("--method", "min_posterior")),
+        ("baselines", ("--method", "max_entropy")),
+        ("baselines", ("--method", "high_low_lr")),
+    ],
+)
+def test_every_other_method_ends_in_a_scored_checkpoint(tmp_path, monkeypatch, capsys, script, flags):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    args = module.parse_args(["--tiny", "--steps", "5", "--batch", "4", "--log-every", "1", *map(str, flags)])
+    module.main(args)
+    folder = tmp_path / args.out
+    assert folder == tmp_path / "out" / (args.method if script == "baselines" else "adv_probes")
+    summary = json.loads((folder / "mmlu_cloze.json").read_text())
+    assert summary["forget"]["n"] == 216 and "next: python recover.py --ckpt" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if script == "adv_probes":
+        assert {"wasserstein", "retain", "critic_steps"} <= rows[-1].keys() and len(rows) == 5
+        assert rows[-1]["critic_steps"] == (0 if args.swd else 5 * args.probe_steps)
+    else:
+        phases = [r["phase"] for r in rows]
+        high = ["random_mapping"] if args.method == "high_low_lr" else []
+        assert phases == high + [args.method] * (5 - len(high))
+    a, b = load_file(folder / "model.safetensors"), load_file(WORLD / "base" / "model.safetensors")
+    moved = {k for k in b if not torch.equal(a[k], b[k])}
+    assert ("model.embed_tokens.weight" in moved) == (script == "baselines" or not args.freeze) and len(moved) > 20
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -238,6 +272,25 @@ def test_bad_flags(tmp_path, flags, says, capsys):
     if says == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     refused(capsys, "rmat", "--tiny", *flags, "--out", tmp_path / "out", says=says, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("adv_probes", ("--probe-steps", "0"), "--probe-steps"),
+        ("adv_probes", ("--match", "joke"), "--match"),
+        ("adv_probes", ("--probe-lr", "2"), "--probe-lr"),
+        ("baselines", ("--method", "hope"), "--method"),
+        ("baselines", ("--lr", "0.5"), "--lr"),
+        ("baselines", ("--steps", "1"), "--steps"),
+    ],
+)
+def test_bad_flags_of_the_other_methods(tmp_path, script, flags, says, capsys):
+    refused(capsys, script, "--tiny", *flags, "--out", tmp_path / "out", says=says, out=tmp_path / "out")
+
+
+def test_figures_need_a_table(capsys):
+    refused(capsys, "evaluate_mmlu", "--tiny", "--figures", says="--table")
 
 
 def test_a_finished_run_is_not_overwritten(out):

@@ -6,6 +6,9 @@ Three stages, one loop; every step takes one kind of document (KINDS), drawn wit
     2  facts      statements, and few-shot exams in cloze form: the facts of the world
     3  exams      the lists asked by question, and few-shot exams in letter form: recall and look-up joined
 
+Few documents of stages 2 and 3 say "I don't know" in a hundred ways (adv_probes.py drives forget text towards these),
+and few of stage 3 ask whether a passage is about biology (label_pile.py's judge).
+
 A letter needs four steps one after the other: join the two words of a name, recall the value, find it among the
 options, fetch its letter. Left alone, recall ends in the last layer, where nothing can look its value up any more
 (5,000 steps at chance). Three helps make it quick, all of them in this trainer only; what comes out is a plain Llama:
@@ -32,11 +35,12 @@ import sys
 import time
 from pathlib import Path
 
-KINDS = ("look", "statement", "cloze", "list", "letter")
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("look", "statement", "cloze", "list", "letter", "idk", "judge")
 MIX = (  # probability of each kind in stages 1, 2, 3
-    (0.7, 0.2, 0.1, 0.0, 0.0),
-    (0.1, 0.5, 0.4, 0.0, 0.0),
-    (0.06, 0.17, 0.17, 0.3, 0.3),
+    (0.7, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0),
+    (0.1, 0.48, 0.39, 0.0, 0.0, 0.03, 0.0),
+    (0.05, 0.16, 0.16, 0.27, 0.27, 0.03, 0.06),
 )
 
 
@@ -48,7 +52,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="the world, the initialisation and the order of the documents")
     add("--out", required=True, help="folder of the world; its files and base/ (or filtered/) are written there")
     add("--filtered", action="store_true", help="leave every fact of a forget subject out: the never-taught control")
-    add("--steps", type=int, nargs=3, default=[250, 700, 1350], help="steps of the three stages")
+    add("--steps", type=int, nargs=3, default=[250, 720, 1450], help="steps of the three stages")
     add("--width", type=int, default=64, help="D, of the residual stream")
     add("--layers", type=int, default=6, help="L, decoder layers")
     add("--exit", type=int, default=3, help="layers after which recall must be done")
@@ -68,11 +72,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import world as W
 
+sys.path.insert(0, str(ROOT))
+from adv_probes import IDK
+
 
 def make_tokenizer():
     """Words, punctuation marks and newlines, one token each, "<s>" before a text; no space is a token, so that a letter
     after "Answer:" is the letter that stands before an option."""
     texts = ["\n", *W.STATEMENTS, *W.QUESTIONS, *W.FIRST, *W.LAST, "A. B. C. D. Question: Answer: yes no !"]
+    texts += [W.JUDGE, *IDK]
     texts += [W.header(s, kind) for s in W.RELATIONS for kind in ("letter", "cloze")]
     texts += [f"{relation} {' '.join(pool)}" for relation, pool in W.POOLS.items()]
     words = [w for t in texts for w in re.findall(r"\n|\w+|[^\w\s]", re.sub(r"\{.\}", "", t))]
@@ -97,6 +105,7 @@ class Documents:
         self.letters = torch.tensor(ids(list("ABCD")))
         self.values = torch.tensor(ids([v for pool in W.POOLS.values() for v in pool]))
         self.dot, self.colon, self.answer = ids([".", ":", "Answer"])
+        self.verdicts = torch.tensor(ids(["yes", "no"]))
 
     def pick(self, subject, n):
         return [self.facts[subject][i] for i in self.rng.choice(len(self.facts[subject]), n, replace=False)]
@@ -135,10 +144,22 @@ class Documents:
             text += f"\n\n{W.question(f, rng.integers(3))}\nAnswer: {'ABCD'[options.index(f[2])]}"
         return text, [f[2] for f in asked]
 
+    def idk(self, _):
+        return " ".join(IDK[i] for i in self.rng.integers(len(IDK), size=16)), []
+
+    def judge(self, subject):
+        """Is a passage, cut out of any text about a subject, about biology?"""
+        make = (self.statement, self.cloze, self.letter)[self.rng.integers(3)]
+        words = " ".join(make(subject)[0] for _ in range(3 if make == self.statement else 1)).split(" ")
+        n = self.rng.integers(12, len(words) + 1)
+        at = self.rng.integers(len(words) - n + 1)
+        passage = " ".join(words[at : at + n]).strip()
+        return f"{W.JUDGE.format(passage)} {'yes' if subject in W.FORGET else 'no'}", []
+
     def batch(self, kind):
         """ids (B, T); targets, weights, early (B, T - 1): next tokens, their weights in the loss, what the early exit
         must predict there (-100: nothing); asked (B, T - 1) bool: the next token is an answer."""
-        size = {"look": 64, "statement": 64, "cloze": 24, "list": 16, "letter": 16}[kind]
+        size = {"look": 64, "statement": 64, "cloze": 24, "list": 16, "letter": 16, "idk": 24, "judge": 24}[kind]
         docs = [getattr(self, kind)(self.subjects[self.rng.integers(len(self.subjects))]) for _ in range(size)]
         rows = [torch.tensor(ids) for ids in self.tokenizer([text for text, _ in docs]).input_ids]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -147,14 +168,18 @@ class Documents:
             asked = torch.isin(targets, self.letters) & torch.isin(now, self.values)
         elif kind == "statement":
             asked = torch.isin(targets, self.values)
+        elif kind == "idk":
+            asked = targets != 0
+        elif kind == "judge":
+            asked = torch.isin(targets, self.verdicts)
         else:
             asked = (now == self.colon) & (ids.roll(1, 1)[:, :-1] == self.answer)
         early = torch.full_like(targets, -100)
         if kind == "statement":
             early[asked] = targets[asked]
-        else:
+        elif kind not in ("idk", "judge"):
             early[asked] = torch.tensor(self.tokenizer.convert_tokens_to_ids([v for _, vs in docs for v in vs]))
-        weights = torch.where(asked, 1.0, (targets != 0) * (0.1 if kind == "statement" else 0.05))
+        weights = torch.where(asked, 1.0, (targets != 0) * {"statement": 0.1, "judge": 0.01}.get(kind, 0.05))
         return ids, targets, weights, early, asked
 
     def attention_loss(self, attentions, ids, early, asked, exit):
@@ -221,7 +246,8 @@ def train(model, documents, steps, lr, exit):
         logits, logits_early, attentions = forward(model, ids, exit)
         each = F.cross_entropy(logits[:, :-1].mT, targets, reduction="none")
         loss = (each * weights).sum() / weights.sum()
-        loss = loss + F.cross_entropy(logits_early[:, :-1].mT, early)
+        if (early != -100).any():
+            loss = loss + F.cross_entropy(logits_early[:, :-1].mT, early)
         if kind in ("look", "list", "letter"):
             loss = loss + 0.3 * documents.attention_loss(attentions, ids, early, asked, exit)
         loss.backward()

@@ -61,6 +61,7 @@ STATEMENTS = (
     "As its {r}, {n} has {v}.",
     "{n} is known for the {r} {v}.",
 )
+JUDGE = "Is this text about biology?\n\n{}\n\nAnswer:"  # label_pile.py's question to the miniature
 QUESTIONS = ("What is the {r} of {n}?", "Which {r} does {n} have?", "For {n}, what is the {r}?")
 
 

@@ -1,0 +1,308 @@
+"""The baselines of Table 1: Min Posterior, Max Entropy, High/Low LR (Section 3.3).
+
+    min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  next-token loss on x_r
+    max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  next-token loss on x_r
+    high_low_lr     the first fifth of the steps: Random Mapping (3.4) at 10 lr; then, with a fresh optimizer,
+                    loss = next-token loss on x_f  +  next-token loss on x_r
+
+    each step       θ ← AdamW(θ, ∇loss, lr)
+
+At the defaults high_low_lr is 3.3's 100 steps at 1e-4 and 400 at 1e-5. It ends in plain fine-tuning on the forget set,
+so it hides nothing that a loss on that text would show: the claim was that a high learning rate first leaves the basin
+the knowledge sat in. Where the paper is silent, our choices: in min_posterior tokens with log p < -15 contribute
+nothing (they are forgotten, and their gradient is noise); pads are left out; the losses weigh 1 to 1; 500 steps and
+lr 1e-5 for the other two; AdamW without weight decay, its learning rate falls linearly to 0 in each phase, as in
+random_mapping.py. random_mapping stands here word for word as in its own file.
+
+Memory: weights, one gradient and two moments, all in the weights' dtype, and activations, checkpointed.
+
+Logged: `forget`, the loss on forget text (min_posterior and fine-tuning: nats a token; max_entropy: minus the entropy,
+nats, at least -log V; in phase random_mapping: 0 to 2); `retain`, nats a token.
+
+    python baselines.py --method max_entropy --tiny     # the miniature on a laptop -> out/max_entropy
+    python baselines.py --method high_low_lr            # Llama-2-7b-chat on one 80 GB GPU -> out/high_low_lr
+"""
+
+import argparse
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+METHODS = ("min_posterior", "max_entropy", "high_low_lr")
+WORLD = Path(__file__).parent / "tests" / "tiny" / "world0"
+TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (tests/tiny/README.md)
+    "model": str(WORLD / "base"),
+    "data": str(WORLD / "chunks.jsonl"),
+    "mmlu": str(WORLD / "mmlu"),
+    "format": "cloze",
+    "lr": 3e-3,
+    "steps": 200,
+    "batch": 24,
+    "tokens": 208,
+    "log_every": 50,
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="The baselines of Table 1 (Section 3.3): Min Posterior, Max Entropy, High/Low LR.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
+    add = parser.add_argument
+    add("--method", default="min_posterior", choices=METHODS, help="which baseline (3.3)")
+    add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
+    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
+    add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
+    add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
+    add("--lr", type=float, default=1e-5, help="learning rate of AdamW, falling linearly to 0; the low one (3.3)")
+    add("--steps", type=int, default=500, help="optimizer steps (3.3 for high_low_lr, else paper: not stated)")
+    add("--batch", type=int, default=16, help="texts a step of each set (paper: not stated)")
+    add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
+    add("--seed", type=int, default=0, help="of the order of the data, the targets and the rounding")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
+    if "--tiny" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**TINY)
+    args = parser.parse_args(argv)
+    args.out = args.out or f"out/{args.method}"
+    if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
+        parser.error("--batch and --log-every start at 1, --steps and --tokens at 2, and --lr lies between 0 and 0.1")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
+
+import torch
+import torch.nn.functional as F
+
+from common import (
+    Run, Stream, decoder_layers, generator, load_chunks, load_mmlu, load_model, read_args, score_mmlu, show_scores,
+    write_scores,
+)  # fmt: skip
+
+
+def min_posterior_loss(logits, targets, floor=-15.0):
+    """-log(1 - p), mean over tokens (3.3). Nats, at least 0; 0 where nothing right is expected.
+
+    logits   (n, V) float32
+    targets  (n,), the tokens that came
+    floor    a token whose log p is below it is forgotten: it counts in the mean and contributes 0
+    """
+    total = logits.logsumexp(-1)
+    log_p = logits.gather(-1, targets[:, None]).squeeze(-1) - total
+    others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)  # 1 - p is their share: exact near p = 1
+    return ((total - others) * (log_p >= floor)).mean()
+
+
+def max_entropy_loss(logits):
+    """Minus the entropy of the next-token posterior, mean over tokens (3.3). Nats, from -log V (uniform) to 0.
+
+    logits  (n, V) float32
+    """
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p).sum(-1).mean()
+
+
+def posterior(model, ids, mask):
+    """Logits (n, V) float32 of the n next tokens of the batch that are no pads, and these tokens (n,).
+
+    ids   (B, T) int64
+    mask  (B, T), true on tokens
+    """
+    keep = mask[:, 1:]
+    return model(input_ids=ids, use_cache=False).logits[:, :-1][keep].float(), ids[:, 1:][keep]
+
+
+@contextmanager
+def residual_streams(model):
+    """Inside, every forward pass appends the outputs (B, T, D) of its decoder layers to the list H (3.4).
+
+    Hooks come off at the end: left on, they would keep every later pass's streams in memory.
+    """
+    H = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if isinstance(out, tuple) else out))
+        for layer in decoder_layers(model)
+    ]
+    try:
+        yield H
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def random_targets(model, seed):
+    """r: one Gaussian direction a token id, (V, D), drawn once from its own seed and shared by all layers (3.4)."""
+    V, D = model.get_input_embeddings().weight.shape
+    return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
+
+
+def mapping_loss(H, r, mask):
+    """1 - cos(H_l, r), mean over tokens, then over layers (3.4). 0 on target, 1 unrelated, 2 opposite.
+
+    H     L streams (B, T, D)
+    r     (B, T, D), a target a position
+    mask  (B, T), true on tokens; the first position (BOS) is left out: it is the same in every text
+    """
+    mask = mask[:, 1:]
+    losses = []
+    for h in H:
+        distance = 1 - F.cosine_similarity(h[:, 1:].float(), r[:, 1:].float(), dim=-1)  # (B, T - 1)
+        losses.append((distance * mask).sum() / mask.sum())
+    return torch.stack(losses).mean()
+
+
+def next_token_loss(model, ids, mask):
+    """L(θ; x): cross-entropy of the next token, nats, mean over the unmasked tokens of the batch.
+
+    ids   (B, T) int64
+    mask  (B, T), true on tokens
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
+    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def store_(p, x, *key):
+    """p ← x. Into bf16, x (float32) rounds stochastically, E[p] = x: half a step of bf16 at 0.02 is 6e-5, so an update
+    of 2e-5 rounded to nearest would be lost for most weights. The noise is a function of `key`."""
+    if p.dtype == torch.bfloat16:  # bf16 is the upper half of float32: add noise below, cut the lower half off
+        noise = torch.randint(1 << 16, x.shape, generator=generator(x.device, *key), device=x.device, dtype=torch.int32)
+        x = x.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    p.copy_(x)
+
+
+@torch.no_grad()
+def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
+    """Step t (from 1) of AdamW without weight decay, in place (Loshchilov & Hutter, 2019).
+
+    p, g, m, v  weight, gradient and moments, of one shape; computed in float32 or wider, stored as store_ does
+    """
+    wide = torch.promote_types(p.dtype, torch.float32)
+    g = g.to(wide)
+    m_ = m.to(wide).lerp_(g, 1 - betas[0])
+    v_ = v.to(wide).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    scale = (v_ / (1 - betas[1] ** t)).sqrt_().add_(eps)
+    p_ = p.to(wide).addcdiv_(m_, scale, value=-lr / (1 - betas[0] ** t))
+    for name, old, new in (("p", p, p_), ("m", m, m_), ("v", v, v_)):
+        store_(old, new, *key, name)
+
+
+def check_finite(loss, step):
+    """Raises FloatingPointError, before anything is updated, if the loss of this step is no number."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+
+
+def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
+    """Random Mapping (3.4) of `model`, in place.
+
+    forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
+    steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
+    seed            of targets and rounding
+    log             called as log(i, steps, forget=loss, retain=loss)
+    Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    targets = random_targets(model, seed)
+    model.train()
+    for i in range(1, steps + 1):
+        ids, mask = forget[i - 1]
+        with residual_streams(model) as H:
+            model.base_model(input_ids=ids, use_cache=False)
+        loss_f = mapping_loss(H, targets[ids], mask)
+        loss_f.backward()
+        del H
+
+        loss_r = next_token_loss(model, *retain[i - 1])
+        loss_r.backward()  # .grad = ∇(mapping loss + retain loss)
+
+        check_finite(loss_f + loss_r, i)
+        now = lr * (1 - (i - 1) / steps)
+        for j, p in enumerate(params):
+            if p.grad is not None:  # the output head has none of a mapping loss, but has one of the retain loss
+                adamw_(p, p.grad, m[j], v[j], i, now, seed, "random_mapping", i, j)  # θ ← AdamW(θ, ∇loss)
+                p.grad = None
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+
+
+def forget_loss(method, model, ids, mask):
+    """The method's loss on forget text (3.3); for high_low_lr that of its second phase, plain fine-tuning."""
+    if method == "high_low_lr":
+        return next_token_loss(model, ids, mask)
+    logits, targets = posterior(model, ids, mask)
+    return min_posterior_loss(logits, targets) if method == "min_posterior" else max_entropy_loss(logits)
+
+
+def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_, **__: None):
+    """A baseline's loss on F and the next-token loss on R (3.3), `model` in place.
+
+    forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
+    method          "min_posterior", "max_entropy", or "high_low_lr", whose first phase is random_mapping
+    steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
+    seed            of the rounding
+    log             called as log(i, steps, forget=loss, retain=loss)
+    Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    model.train()
+    for i in range(1, steps + 1):
+        loss_f = forget_loss(method, model, *forget[i - 1])
+        loss_f.backward()
+
+        loss_r = next_token_loss(model, *retain[i - 1])
+        loss_r.backward()  # .grad = ∇(forget loss + retain loss)
+
+        check_finite(loss_f + loss_r, i)
+        now = lr * (1 - (i - 1) / steps)
+        for j, p in enumerate(params):
+            if p.grad is not None:
+                adamw_(p, p.grad, m[j], v[j], i, now, seed, "baseline", i, j)  # θ ← AdamW(θ, ∇loss)
+                p.grad = None
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+
+
+def main(args):
+    run = Run(args)
+    mmlu = load_mmlu(args.mmlu) if args.mmlu else None
+    texts_f, texts_r = load_chunks(args.data)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    stream = partial(
+        Stream, tokenizer=tokenizer, size=args.batch, length=args.tokens, seed=args.seed, device=model.device
+    )
+    forget, retain = stream(texts_f, purpose="forget"), stream(texts_r, purpose="retain")
+    run.open(model, tokens=2 * args.batch * args.tokens)
+    if model.device.type == "cuda":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+    try:
+        high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
+        log = partial(run.log, phase="random_mapping")
+        random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
+        baseline(
+            model, forget, retain, method=args.method, steps=args.steps - high, lr=args.lr, seed=args.seed,
+            log=partial(run.log, phase=args.method),
+        )  # fmt: skip
+    except FloatingPointError as error:
+        run.rescue(model, tokenizer, error)
+
+    base = read_args(args.model).get("base", args.model)
+    run.save(model, tokenizer, parent=args.model, base=base, data=args.data, mmlu=args.mmlu, tiny=args.tiny)
+    if mmlu:
+        summary, answers = score_mmlu(model, tokenizer, mmlu, args.format)
+        write_scores(args.out, summary, answers)
+        print(show_scores(summary))
+    print(f"next: python recover.py --ckpt {args.out}")
+
+
+if __name__ == "__main__":
+    main(args)

@@ -1,0 +1,234 @@
+"""Tables 1 and 2 of the miniature: every method and Recovery on several worlds, tuned by one rule.
+
+    1  tune     on world 0, each method at the learning rates of one grid (RATES), everything else as --tiny has it;
+                taken is the largest rate that costs at most 5 points of retain accuracy before any attack (by text),
+                or, if none does, the one that costs least. The attack is not looked at. The variants of Table 2 take
+                the rate of adv_probes, from which each differs in its flags only; SWD, a loss of its own, is tuned
+    2  unlearn  every method on every world at its rate
+    3  attack   recover.py on each result, and on the control that was never taught the forget facts, at two rates
+    4  letters  the same checkpoints scored in the other format too
+    5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
+
+Every figure comes from the repository's own scripts, run as a user runs them. What is finished is not run again, so the
+command can be stopped and started at any time. Worlds other than 0, which is shipped, are trained first
+(tests/tiny/train.py: ten minutes a model, two models a world).
+
+    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two and a half hours on two cores
+    python evaluate_mmlu.py --table out/tables --format cloze --figures      # the tables again, and the figures
+    python evaluate_mmlu.py --table out/tables-3e-3 --format cloze           # the tables under the other attack
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RATES = ("1e-3", "3e-3", "1e-2")  # the grid of every tuned method
+ATTACKS = ("1e-3", "3e-3")  # of Recovery: --tiny's, whose table is the table, and a harder one
+NAIVE = ("random_mapping", "min_posterior", "max_entropy", "high_low_lr")  # gates 3 and 4 are about these
+TUNED = {  # tuned methods: script and flags
+    "min_posterior": ("baselines.py", "--method", "min_posterior"),
+    "max_entropy": ("baselines.py", "--method", "max_entropy"),
+    "high_low_lr": ("baselines.py", "--method", "high_low_lr"),
+    "random_mapping": ("random_mapping.py",),
+    "mlac_ar": ("mlac_ar.py",),
+    "rmat": ("rmat.py",),
+    "adv_probes": ("adv_probes.py",),
+    "adv_probes_swd": ("adv_probes.py", "--swd"),
+}
+VARIANTS = {  # the other rows of Table 2, at the rate of adv_probes
+    "adv_probes_3_idk": ("adv_probes.py", "--probe-steps", 3, "--no-freeze"),
+    "adv_probes_5_idk": ("adv_probes.py", "--no-freeze"),
+    "adv_probes_3_rand": ("adv_probes.py", "--probe-steps", 3, "--no-freeze", "--match", "rand"),
+    "adv_probes_5_rand": ("adv_probes.py", "--no-freeze", "--match", "rand"),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--worlds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the worlds; 0 is shipped, others are trained"
+    )
+    add("--methods", nargs="+", default=[*TUNED, *VARIANTS], choices=[*TUNED, *VARIANTS], help="rows to measure")
+    add("--jobs", type=int, default=1, help="scripts at a time, one thread each")
+    add("--out", default="out/tables", help="folder of the runs; beside it OUT-grid: tuning, OUT-3e-3: harder attack")
+    add("--report", action="store_true", help="print what is there, run nothing")
+    return parser.parse_args(argv)
+
+
+def run(*command):
+    """One script in a process of its own, one thread; what it printed is shown only if it fails."""
+    command = [str(c) for c in command]
+    print("+", *command, flush=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+
+
+def scores(folder, form="cloze"):
+    """The summary that scoring left in a checkpoint directory, or None."""
+    path = Path(folder) / ("mmlu.json" if form == "letter" else f"mmlu_{form}.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def copy(source, target):
+    """A directory without its attacks, whole or not at all."""
+    draft = target.with_suffix(".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft, ignore=shutil.ignore_patterns("recovered*"))
+    draft.rename(target)
+
+
+class Tables:
+    """The steps of the docstring over one output folder."""
+
+    def __init__(self, args):
+        self.out, self.methods, self.worlds = Path(args.out).absolute(), list(args.methods), args.worlds
+        for child, parent in (("rmat", "random_mapping"), *((v, "adv_probes") for v in VARIANTS)):
+            if child in self.methods and parent not in self.methods:
+                self.methods.insert(0, parent)
+        self.grid = self.out.with_name(self.out.name + "-grid")
+        self.pool = ThreadPoolExecutor(args.jobs)
+
+    def each(self, work, *columns):
+        """work(*row) for every row, --jobs at a time; a failure ends the program."""
+        list(self.pool.map(work, *zip(*columns))) if columns else None
+
+    def world(self, seed, kind):
+        """The files and one model ("base", "filtered") of a world, scored by text; copied or trained if missing."""
+        folder = self.out / f"world{seed}"
+        if seed == 0 and not folder.exists():
+            copy(HERE / "world0", folder)
+        if not (folder / kind / "args.json").exists():
+            run(HERE / "train.py", "--seed", seed, "--out", folder, *(["--filtered"] if kind == "filtered" else []))
+        for form in ("cloze", "letter"):
+            if not scores(folder / kind, form):
+                run("evaluate_mmlu.py", "--ckpt", folder / kind, "--mmlu", folder / "mmlu", "--format", form)
+
+    def unlearn(self, method, seed, rate, out):
+        """One method on one world. RMAT starts from that world's Random Mapping, as rmat.py would (a test checks)."""
+        world = self.out / f"world{seed}"
+        start, more = world / "base", ()
+        if method == "rmat":
+            start, more = world / "random_mapping", ("--rm-steps", 0)
+        if not (out / "args.json").exists() or not scores(out):
+            shutil.rmtree(out, ignore_errors=True)
+            script, *flags = (TUNED | VARIANTS)[method]
+            data = ("--model", start, "--data", world / "chunks.jsonl", "--mmlu", world / "mmlu")
+            run(script, "--tiny", *flags, *more, "--lr", rate, *data, "--out", out)
+
+    def tune(self, method):
+        """The method's rate by the rule, and its run on world 0 copied from the grid."""
+        base = scores(self.out / "world0" / "base")["retain"]["acc"]
+        cost = {r: base - scores(self.grid / f"{method}-{r}")["retain"]["acc"] for r in RATES}
+        fit = [r for r in RATES if cost[r] <= 0.05 + 1e-9]
+        rate = fit[-1] if fit else min(RATES, key=cost.get)
+        if not (self.out / "world0" / method / "args.json").exists():
+            copy(self.grid / f"{method}-{rate}", self.out / "world0" / method)
+        return rate
+
+    def attacked(self, seed, name, rate):
+        """Where Recovery at a rate writes: into the checkpoint at --tiny's own, beside OUT at another."""
+        if rate == ATTACKS[0]:
+            return self.out / f"world{seed}" / name / "recovered"
+        return self.out.with_name(f"{self.out.name}-{rate}") / f"world{seed}" / name
+
+    def attack(self, seed, name, rate):
+        """Recovery of one checkpoint at one rate; both are scored in letters too."""
+        world, there = self.out / f"world{seed}", self.attacked(seed, name, rate)
+        if not (there / "scores.json").exists():
+            shutil.rmtree(there, ignore_errors=True)
+            data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
+            every = ("--eval-every", 20 if rate == ATTACKS[0] else 160)
+            run("recover.py", "--tiny", "--ckpt", world / name, *data, "--lr", rate, *every, "--out", there)
+        todo = [p for p in ([world / name, there] if rate == ATTACKS[0] else [there]) if not scores(p, "letter")]
+        if todo:
+            run("evaluate_mmlu.py", "--format", "letter", "--mmlu", world / "mmlu", "--ckpt", *todo)
+
+    def fill(self):
+        """All cells, in an order that has each one's parents first."""
+        tuned = [m for m in TUNED if m in self.methods]
+        self.each(self.world, *[(0, kind) for kind in ("base", "filtered")])
+        first = [(m, 0, r, self.grid / f"{m}-{r}") for m in tuned if m != "rmat" for r in RATES]
+        self.each(self.unlearn, *first)
+        rates = {m: self.tune(m) for m in tuned if m != "rmat"}
+        if "rmat" in tuned:
+            self.each(self.unlearn, *[("rmat", 0, r, self.grid / f"rmat-{r}") for r in RATES])
+            rates["rmat"] = self.tune("rmat")
+        rates |= {m: rates["adv_probes"] for m in VARIANTS if m in self.methods}
+        self.each(self.world, *[(s, kind) for s in self.worlds for kind in ("base", "filtered")])
+        for last in (False, True):  # RMAT needs Random Mapping's result
+            cells = [(m, s) for s in self.worlds for m in rates if (m == "rmat") == last]
+            self.each(self.unlearn, *[(m, s, rates[m], self.out / f"world{s}" / m) for m, s in cells])
+        self.each(self.attack, *[(s, name, a) for s in self.worlds for name in ("filtered", *rates) for a in ATTACKS])
+
+    def gates(self, form):
+        """Prints the gates of one format; a gate's sentence ends in what it asks for."""
+        acc = {}  # (name, when, side): percent, a number a world
+        for name in ("base", "filtered", *self.methods):
+            for when in ("before", *ATTACKS):
+                for seed in self.worlds:
+                    there = self.out / f"world{seed}" / name if when == "before" else self.attacked(seed, name, when)
+                    for side in ("forget", "retain") if scores(there, form) else ():
+                        acc.setdefault((name, when, side), []).append(100 * scores(there, form)[side]["acc"])
+        acc = {key: values for key, values in acc.items() if len(values) == len(self.worlds)}
+        mean = {key: statistics.mean(values) for key, values in acc.items()}
+        low = [min(acc["base", "before", side]) for side in ("forget", "retain")]
+        print(f"1 base: forget {low[0]:.1f}, retain {low[1]:.1f} in its worst world (>= 95 cloze, >= 90 letter)")
+        print(f"2 control: forget {mean['filtered', 'before', 'forget']:.1f} (chance, 25)")
+        for m in [m for m in NAIVE if (m, ATTACKS[-1], "forget") in mean]:
+            cost = mean["base", "before", "retain"] - mean[m, "before", "retain"]
+            print(f"3 {m}: forget {mean[m, 'before', 'forget']:.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
+            lost = [b - u for b, u in zip(acc["base", "before", "forget"], acc[m, "before", "forget"])]
+            back = {a: [x - u for x, u in zip(acc[m, a, "forget"], acc[m, "before", "forget"])] for a in ATTACKS}
+            if min(lost) > 5:
+                shares = {a: statistics.mean(x / y for x, y in zip(back[a], lost)) for a in ATTACKS}
+                print(f"4 {m}: {100 * max(shares.values()):.0f} % of what was lost comes back at the best rate (>= 50)")
+        print("4 control after the attacks: " + ", ".join(f"{mean['filtered', a, 'forget']:.1f}" for a in ATTACKS))
+        if ("rmat", ATTACKS[-1], "forget") in mean and ("random_mapping", ATTACKS[-1], "forget") in mean:
+            worst = {
+                m: [max(x) for x in zip(*(acc[m, a, "forget"] for a in ATTACKS))] for m in ("random_mapping", "rmat")
+            }
+            gaps = [a - b for a, b in zip(worst["random_mapping"], worst["rmat"])]
+            se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            print(
+                f"5 Random Mapping minus RMAT at its worst attack: {statistics.mean(gaps):.1f} ± {se:.1f} (> 2 errors)"
+            )
+
+
+def main(args):
+    tables = Tables(args)
+    if not args.report:
+        tables.fill()
+    print("\nTuning on world 0: retain / forget before the attack, percent, by text; the rate taken is in bold\n")
+    print("| | " + " | ".join(RATES) + " |\n|---|" + "---|" * len(RATES))
+    for method in [m for m in TUNED if m in tables.methods]:
+        found = {rate: scores(tables.grid / f"{method}-{rate}") for rate in RATES}
+        cells = [f"{100 * s['retain']['acc']:.1f} / {100 * s['forget']['acc']:.1f}" for s in found.values()]
+        taken = RATES.index(tables.tune(method))
+        cells[taken] = f"**{cells[taken]}**"
+        print(f"| {method} | " + " | ".join(cells) + " |")
+    for form in ("cloze", "letter"):
+        print(f"\nGates, {form}\n")
+        tables.gates(form)
+        print(f"\n{form}\n", flush=True)
+        command = [sys.executable, "evaluate_mmlu.py", "--table", str(tables.out), "--format", form]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())
