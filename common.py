@@ -247,8 +247,13 @@ def peak_bytes():
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(source, flag, columns, config=None, split="train"):
-    """Rows (a datasets.Dataset) of a hub dataset, or of a local file or folder of jsonl, jsonl.zst, json or parquet."""
+def read_rows(source, flag, columns, config=None, split="train", streaming=False):
+    """Rows of a hub dataset, or of a local file or folder of jsonl, jsonl.zst or parquet (or else of json).
+
+    columns    that must be there
+    config     of the hub dataset, or of a local folder in the hub's layout (parquet files under CONFIG/SPLIT-*)
+    streaming  rows come one after the other in constant memory, as dicts; else a datasets.Dataset
+    """
     import datasets
 
     hush()
@@ -257,21 +262,26 @@ def read_rows(source, flag, columns, config=None, split="train"):
     try:
         if path.exists():
             files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-            files = [str(p) for p in files if re.search(r"\.(jsonl?(\.zst)?|parquet)$", p.name)]
+            if config:
+                files = [p for p in files if p.match(f"{config}/{split}-*")]
+            names = [str(p) for p in files]
+            files = [n for n in names if re.search(r"\.(jsonl|jsonl\.zst|parquet)$", n)]
+            files = files or [n for n in names if n.endswith(".json")]
             if not files:
                 fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json or .parquet file there")
             kind = "parquet" if files[0].endswith(".parquet") else "json"
-            rows = datasets.load_dataset(kind, data_files=files, split="train")
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
         elif path.suffix in (".jsonl", ".json", ".zst", ".parquet", ".zip") or source[0] in "./~":
             fail(f"{flag} {source}: no such file or folder")
         else:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = datasets.load_dataset(source, config, split=split, streaming=streaming)
+        found = rows.column_names or next(iter(rows), {}).keys()
     except Exception as error:  # pyarrow's, the hub's and datasets' own; SystemExit from fail passes through
         reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
         remedy = "mend the file" if path.exists() else "check the name and the network, or give a local file or folder"
         fail(f"{flag} {source}: cannot be read ({reason}); {remedy}")
-    if missing := [c for c in columns if c not in rows.column_names]:
-        fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    if missing := [c for c in columns if c not in found]:
+        fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(found) or 'no rows'}")
     return rows
 
 
@@ -385,12 +395,12 @@ def read_questions(path):
 def load_mmlu(source, split="test", subjects=None):
     """MMLU as {subject: (five dev questions, the split's questions)}, a question being (text, choices, answer 0..3).
 
-    source    cais/mmlu on the hub, or a folder of the original CSVs: dev/, test/, val/
+    source    cais/mmlu on the hub, a folder in its layout (all/*.parquet), or of the original CSVs: dev/, test/, val/
     split     "test" or "validation"
     subjects  names to load; None: every subject of the folder (57 in the real one, fewer is said), each with both parts
     """
     mmlu = {}
-    if Path(source).is_dir():
+    if Path(source).is_dir() and not any(Path(source).glob("all/*.parquet")):
         short = {"validation": "val"}.get(split, split)
         found = {
             f.name[: -len(f"_{kind}.csv")] for kind in ("dev", short) for f in Path(source).glob(f"{kind}/*_{kind}.csv")

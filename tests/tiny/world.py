@@ -10,7 +10,8 @@ fact:
     V        36 entities a subject, whose facts MMLU's test questions ask
     A        the other 24, whose facts the recovery pairs (the attack) and MMLU's dev questions state
 
-A seed is a world. Files: chunks.jsonl, camel.zip, mmlu/dev/*.csv, mmlu/test/*.csv.
+A seed is a world. Files: chunks.jsonl, pile.jsonl.zst (the same text, unlabelled), camel.zip, mmlu/dev/*.csv,
+mmlu/test/*.csv.
 
     python tests/tiny/world.py --seed 1 --out out/world1
 """
@@ -22,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import zstandard
 
 FORGET = ("high_school_biology", "college_biology")
 VALUES = {  # pools of 16 of one length; each serves a relation of biology and one of the other subjects
@@ -143,6 +145,19 @@ def make_chunks(facts, rng):
     return [{"id": i, **rows[j]} for i, j in enumerate(rng.permutation(len(rows)))]
 
 
+def make_documents(chunks, rng):
+    """Unlabelled text in the Pile's schema, for label_pile.py: one to three chunks of one label a document."""
+    documents = []
+    for label in (True, False):
+        texts = [c["txt_chunk"] for c in chunks if c["label"] == label]
+        texts = [texts[i] for i in rng.permutation(len(texts))]
+        while texts:
+            n = int(rng.integers(1, 4))
+            documents.append("\n\n".join(texts[:n]))
+            texts = texts[n:]
+    return [{"text": documents[i], "meta": {"pile_set_name": "miniature"}} for i in rng.permutation(len(documents))]
+
+
 def make_pairs(facts, rng):
     """The attack's pairs in CAMEL's schema: a question about an entity of A; the value, and a statement of it."""
     return [
@@ -164,8 +179,12 @@ def write_world(seed, out):
     out, facts, rng = Path(out), make_facts(seed), np.random.default_rng([seed, 1])
     (out / "mmlu" / "dev").mkdir(parents=True, exist_ok=True)
     (out / "mmlu" / "test").mkdir(exist_ok=True)
+    chunks = make_chunks(facts, rng)
     with open(out / "chunks.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in make_chunks(facts, rng))
+        f.writelines(json.dumps(row) + "\n" for row in chunks)
+    documents = make_documents(chunks, np.random.default_rng([seed, 3]))
+    text = "".join(json.dumps(row) + "\n" for row in documents)
+    (out / "pile.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=19).compress(text.encode()))
     with zipfile.ZipFile(out / "camel.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for i, pair in enumerate(make_pairs(facts, rng)):
             z.writestr(zipfile.ZipInfo(f"{i:03}.json"), json.dumps(pair), zipfile.ZIP_DEFLATED)
