@@ -183,7 +183,7 @@ def test_hub_names(hub):
         ("label_pile", (), "--pile monology/pile-uncopyrighted"),
         (
             "recover",
-            ("--ckpt", WORLD / "base", "--base", WORLD / "base", "--mmlu", WORLD / "mmlu"),
+            ("--ckpt", WORLD / "base", "--base", WORLD / "base", "--recovery", "camel-ai/biology"),
             "--recovery camel-ai/biology",
         ),
         ("evaluate_mmlu", ("--ckpt", "meta-llama/Llama-2-7b-chat-hf", "--mmlu", WORLD / "mmlu"), "hf auth login"),
