@@ -270,7 +270,8 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
             if not files:
                 fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json or .parquet file there")
             kind = "parquet" if files[0].endswith(".parquet") else "json"
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+            small = {"chunksize": 1 << 20} if streaming and kind == "json" else {}  # bytes parsed at a time
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming, **small)
         elif path.suffix in (".jsonl", ".json", ".zst", ".parquet", ".zip") or source[0] in "./~":
             fail(f"{flag} {source}: no such file or folder")
         else:
