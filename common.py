@@ -473,16 +473,24 @@ def plan(tokenizer, subject, shots, questions, form):
     return rows
 
 
+def soft_cap(model, x):
+    """Logits as the model caps them, where it does (Gemma 2)."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def logits(model, hidden):
+    """Next-token logits (n, V), float32, from last hidden states (n, D): the model's own, for some positions only."""
+    return soft_cap(model, model.get_output_embeddings()(hidden).float())
+
+
 def log_probs(model, hidden, targets):
     """log p (n, c) of targets (n, c) from last hidden states (n, D); the head's rows in float32, as bf16 logits tie."""
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    logits = (head.weight[targets].float() @ hidden.float()[:, :, None]).squeeze(-1)  # (n, c)
+    head = model.get_output_embeddings()
+    found = (head.weight[targets].float() @ hidden.float()[:, :, None]).squeeze(-1)  # (n, c)
     if head.bias is not None:
-        logits = logits + head.bias[targets].float()
-    total = head(hidden).float()  # (n, V)
-    if cap:
-        logits, total = cap * torch.tanh(logits / cap), cap * torch.tanh(total / cap)
-    return logits - total.logsumexp(-1, keepdim=True)
+        found = found + head.bias[targets].float()
+    return soft_cap(model, found) - logits(model, hidden).logsumexp(-1, keepdim=True)
 
 
 def run_rows(model, rows, budget):

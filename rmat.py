@@ -21,7 +21,7 @@ import argparse
 import math
 import sys
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests" / "tiny" / "world0"
@@ -89,10 +89,11 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Run, Stream, decoder_layers, generator, load_chunks, load_mmlu, load_model, read_args, score_mmlu, show_scores,
-    write_scores,
+    Run, Stream, decoder_layers, generator, load_chunks, load_mmlu, load_model, logits, read_args, score_mmlu, seed_of,
+    show_scores, write_scores,
 )  # fmt: skip
 
 
@@ -135,47 +136,79 @@ def mapping_loss(H, r, mask):
     return torch.stack(losses).mean()
 
 
-def next_token_loss(model, ids, mask):
+def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="none"), at_once=1 << 25):
     """L(θ; x): cross-entropy of the next token, nats, mean over the unmasked tokens of the batch.
 
-    ids   (B, T) int64
-    mask  (B, T), true on tokens
+    ids      (B, T) int64
+    mask     (B, T), true on tokens
+    loss     loss(logits (n, V) float32, targets (n,)) -> (n,), what is averaged
+    at_once  logits held at a time: made slice by slice, and again in backward. Whole, those of 16 x 256 tokens over a
+             vocabulary of 128 k are 2 GB, several times over
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
-    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens a slice
+
+    def part(h, targets, keep):
+        return loss(logits(model, h), targets).masked_fill(~keep, 0).sum()
+
+    slices = zip(*(x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])))
+    sums = [checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in slices]
+    return torch.stack(sums).sum() / mask[:, 1:].sum()
 
 
-def store_(p, x, *key):
-    """p ← x. Into bf16, x (float32) rounds stochastically, E[p] = x: half a step of bf16 at 0.02 is 6e-5, so an update
-    of 2e-5 rounded to nearest would be lost for most weights. The noise is a function of `key`."""
-    if p.dtype == torch.bfloat16:  # bf16 is the upper half of float32: add noise below, cut the lower half off
-        noise = torch.randint(1 << 16, x.shape, generator=generator(x.device, *key), device=x.device, dtype=torch.int32)
-        x = x.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    p.copy_(x)
+def rounded(x, dtype, seed):
+    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an update
+    of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32, Wellons."""
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ (h >> 15 & 0x1FFFF)) * -0x7B935975
+    noise = (h ^ h >> 16) & 0xFFFF  # bf16 is the upper half of float32: add noise below, cut the lower half off
+    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(dtype)
+
+
+def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
+    """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    g = g.to(size.dtype)
+    m_ = m.to(g.dtype).lerp_(g, 1 - betas[0])
+    v_ = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    p_ = p.to(g.dtype).addcdiv_(m_, (v_ / correction).sqrt_().add_(eps).div_(size), value=-1)
+    for old, new, seed in zip((p, m, v), (p_, m_, v_), seeds):
+        old.copy_(rounded(new, old.dtype, seed))
+
+
+@cache
+def compiled(rule):
+    """An update rule as one kernel for flat tensors of any length: one pass over memory where torch takes twenty."""
+    return torch.compile(rule, dynamic=True)
 
 
 @torch.no_grad()
 def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
     """Step t (from 1) of AdamW without weight decay, in place (Loshchilov & Hutter, 2019).
 
-    p, g, m, v  weight, gradient and moments, of one shape; computed in float32 or wider, stored as store_ does
+    p, g, m, v  weight, gradient and moments, of one shape; computed in float32 or wider, stored as `rounded` has it
+    key         of the rounding
     """
+    rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
+    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # as floats they would recompile
+    seeds = [seed_of(*key, name) >> 32 for name in "pmv"]
+    flat = (x.view(-1) for x in (p, g, m, v))
+    rule(*flat, scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t), betas, eps, seeds)
+
+
+def sgd_rule(p, g, lr, seed):
+    """sgd_ of flat tensors."""
     wide = torch.promote_types(p.dtype, torch.float32)
-    g = g.to(wide)
-    m_ = m.to(wide).lerp_(g, 1 - betas[0])
-    v_ = v.to(wide).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    scale = (v_ / (1 - betas[1] ** t)).sqrt_().add_(eps)
-    p_ = p.to(wide).addcdiv_(m_, scale, value=-lr / (1 - betas[0] ** t))
-    for name, old, new in (("p", p, p_), ("m", m, m_), ("v", v, v_)):
-        store_(old, new, *key, name)
+    p.copy_(rounded(p.to(wide).add_(g.to(wide), alpha=-lr), p.dtype, seed))
 
 
 @torch.no_grad()
 def sgd_(p, g, lr, *key):
-    """p ← p - lr g, in place; computed in float32 or wider, stored as store_ does."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    store_(p, p.to(wide).add_(g.to(wide), alpha=-lr), *key)
+    """p ← p - lr g, in place; computed in float32 or wider, stored as `rounded` has it."""
+    rule = compiled(sgd_rule) if p.is_cuda else sgd_rule
+    rule(p.view(-1), g.view(-1), lr, seed_of(*key) >> 32)
 
 
 def check_finite(loss, step):

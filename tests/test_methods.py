@@ -139,22 +139,28 @@ def test_bf16_rounds_stochastically_and_nearest_would_lose_the_update():
     w = torch.full((200_000,), 0.02).bfloat16()
     target = w.float() - 2e-5
     assert torch.equal(target.bfloat16(), w)  # control: to the nearest, nothing moves
-    p = w.clone()
-    R.store_(p, target.clone(), 0, "test")
+    p = R.rounded(target, torch.bfloat16, 17)
     steps = (p != w).float().mean()  # a step of bf16 at 0.02 is 1.22e-4: a sixth of the weights take one
     assert 0.14 < steps < 0.19
     se = p.float().std() / math.sqrt(p.numel())
     assert abs(p.float().mean() - target[0]) < 4 * se
-    q = w.clone()
-    R.store_(q, target.clone(), 0, "test")
-    assert torch.equal(p, q)  # a function of its key
-    R.store_(q, target.clone(), 1, "test")
-    assert not torch.equal(p, q)
-    for x in (0.0, -0.02, 3.0e38, 1e-30):  # what bf16 holds exactly stays
+    assert torch.equal(p, R.rounded(target, torch.bfloat16, 17))  # a function of its seed
+    for seed in (18, 2**31 - 1):
+        both = (p != w) & (R.rounded(target, torch.bfloat16, seed) != w)
+        assert abs(both.float().mean() - steps**2) < 0.005  # another seed, independent noise
+    for x in (0.0, -0.02, 3.0e38, 1e-30, math.inf):  # what bf16 holds exactly stays
         exact = torch.tensor([x]).bfloat16()
-        p = torch.zeros(1).bfloat16()
-        R.store_(p, exact.float(), 0)
-        assert torch.equal(p, exact)
+        assert torch.equal(R.rounded(exact.float(), torch.bfloat16, 0), exact)
+
+
+def test_the_noise_of_rounding_is_even_and_its_neighbours_are_independent():
+    x = torch.full((1 << 20,), 1.0) + 2**-8  # half-way between two numbers of bf16
+    for seed in (0, 1, 1 << 30):
+        up = (R.rounded(x, torch.bfloat16, seed) > 1).double()
+        centred = up - 0.5
+        assert abs(centred.mean()) < 0.003
+        for lag in (1, 2, 64, 4096):
+            assert abs((centred[lag:] * centred[:-lag]).mean()) < 0.0015
 
 
 def test_weights_move_in_bf16_at_the_papers_learning_rate():
