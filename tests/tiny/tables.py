@@ -109,10 +109,8 @@ class Tables:
         list(self.pool.map(work, *zip(*columns))) if columns else None
 
     def world(self, seed, kind):
-        """The files and one model ("base", "filtered") of a world, scored by text; copied or trained if missing."""
+        """The files and one model ("base", "filtered") of a world, scored in both formats; trained if missing."""
         folder = self.out / f"world{seed}"
-        if seed == 0 and not folder.exists():
-            copy(HERE / "world0", folder)
         if not (folder / kind / "args.json").exists():
             run(HERE / "train.py", "--seed", seed, "--out", folder, *(["--filtered"] if kind == "filtered" else []))
         for form in ("cloze", "letter"):
@@ -162,6 +160,8 @@ class Tables:
     def fill(self):
         """All cells, in an order that has each one's parents first."""
         tuned = [m for m in TUNED if m in self.methods]
+        if not (self.out / "world0").exists():
+            copy(HERE / "world0", self.out / "world0")
         self.each(self.world, *[(0, kind) for kind in ("base", "filtered")])
         first = [(m, 0, r, self.grid / f"{m}-{r}") for m in tuned if m != "rmat" for r in RATES]
         self.each(self.unlearn, *first)
