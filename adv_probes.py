@@ -181,13 +181,15 @@ def critic_step(critics, optimizer, H_m, H_f, mask):
     clip_(critics)
 
 
-def sliced_wasserstein(x, y, directions):
+def sliced_wasserstein(x, y, directions, mask):
     """Squared 2-Wasserstein distance of two samples on lines, mean over the lines (3.4). A shift by v: |v|² / D.
 
     x, y        (n, D), as many points in the one as in the other
     directions  (P, D), unit vectors
+    mask        (n,), true on points that count; the others go far out in both samples, where they meet at no cost
     """
-    return (torch.sort(x @ directions.T, 0).values - torch.sort(y @ directions.T, 0).values).square().mean()
+    a, b = (torch.sort((z @ directions.T).masked_fill(~mask[:, None], 1e4), 0).values for z in (x, y))  # (n, P)
+    return (a - b).square().sum() / (mask.sum() * len(directions))
 
 
 def swd_loss(H, mask, *key, lines=128):
@@ -197,12 +199,11 @@ def swd_loss(H, mask, *key, lines=128):
     mask  (B, T), true on tokens; the first position (BOS) is left out
     key   of the noise and the directions, which the layers share
     """
-    rng, mask = generator(mask.device, *key), mask[:, 1:]
-    draw = partial(torch.randn, generator=rng, device=mask.device)
-    directions = F.normalize(draw(lines, H[0].shape[-1]), dim=-1)
-    noise = draw(int(mask.sum()), H[0].shape[-1])
-    points = [F.rms_norm(h[:, 1:][mask].float(), h.shape[-1:]) for h in H]  # (n, D)
-    return torch.stack([sliced_wasserstein(x, noise, directions) for x in points]).mean()
+    mask, D = mask[:, 1:].flatten(), H[0].shape[-1]
+    draw = partial(torch.randn, generator=generator(mask.device, *key), device=mask.device)
+    directions, noise = F.normalize(draw(lines, D), dim=-1), draw(len(mask), D)
+    points = [F.rms_norm(h[:, 1:].flatten(0, 1).float(), (D,)) for h in H]  # (n, D)
+    return torch.stack([sliced_wasserstein(x, noise, directions, mask) for x in points]).mean()
 
 
 def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="none"), at_once=1 << 25):
@@ -261,16 +262,27 @@ def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
     key         of the rounding
     """
     rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # as floats they would recompile
-    seeds = [seed_of(*key, name) >> 32 for name in "pmv"]
-    flat = (x.view(-1) for x in (p, g, m, v))
-    rule(*flat, scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t), betas, eps, seeds)
+    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # a float would be compiled in
+    size, correction = scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t)
+    for n, part in enumerate(zip(*(x.view(-1).split(1 << 24) for x in (p, g, m, v)))):  # what stands wide is small
+        rule(*part, size, correction, betas, eps, [seed_of(*key, n, name) >> 33 for name in "pmv"])
 
 
-def check_finite(loss, step):
-    """Raises FloatingPointError, before anything is updated, if the loss of this step is no number."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+def peek(loss):
+    """A loss on its way to the host, and the event of its arrival: who looks at it waits for nothing queued later."""
+    if not loss.is_cuda:
+        return loss.detach(), None
+    seen, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return seen, event
+
+
+def check_finite(seen, event, step):
+    """Raises FloatingPointError, before anything is updated, if the loss of this step, from peek, is no number."""
+    if event:
+        event.synchronize()
+    if not seen.is_meta and not torch.isfinite(seen):
+        raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
 def adv_probes(
@@ -317,9 +329,10 @@ def adv_probes(
         H_f = H_m = None
 
         loss_r = next_token_loss(model, *retain[i - 1])
+        seen = peek(loss_f + loss_r)
         loss_r.backward()  # .grad = ∇(Wasserstein + retain loss)
 
-        check_finite(loss_f + loss_r, i)
+        check_finite(*seen, i)
         now = lr * (1 - (i - 1) / steps)
         for j, p in enumerate(params):
             if p.grad is not None:  # the output head has none of a loss on streams, but has one of the retain loss

@@ -206,16 +206,27 @@ def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
     key         of the rounding
     """
     rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # as floats they would recompile
-    seeds = [seed_of(*key, name) >> 32 for name in "pmv"]
-    flat = (x.view(-1) for x in (p, g, m, v))
-    rule(*flat, scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t), betas, eps, seeds)
+    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # a float would be compiled in
+    size, correction = scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t)
+    for n, part in enumerate(zip(*(x.view(-1).split(1 << 24) for x in (p, g, m, v)))):  # what stands wide is small
+        rule(*part, size, correction, betas, eps, [seed_of(*key, n, name) >> 33 for name in "pmv"])
 
 
-def check_finite(loss, step):
-    """Raises FloatingPointError, before anything is updated, if the loss of this step is no number."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+def peek(loss):
+    """A loss on its way to the host, and the event of its arrival: who looks at it waits for nothing queued later."""
+    if not loss.is_cuda:
+        return loss.detach(), None
+    seen, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return seen, event
+
+
+def check_finite(seen, event, step):
+    """Raises FloatingPointError, before anything is updated, if the loss of this step, from peek, is no number."""
+    if event:
+        event.synchronize()
+    if not seen.is_meta and not torch.isfinite(seen):
+        raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
@@ -240,9 +251,10 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
         del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
+        seen = peek(loss_f + loss_r)
         loss_r.backward()  # .grad = ∇(mapping loss + retain loss)
 
-        check_finite(loss_f + loss_r, i)
+        check_finite(*seen, i)
         now = lr * (1 - (i - 1) / steps)
         for j, p in enumerate(params):
             if p.grad is not None:  # the output head has none of a mapping loss, but has one of the retain loss
@@ -275,9 +287,10 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_,
         loss_f.backward()
 
         loss_r = next_token_loss(model, *retain[i - 1])
+        seen = peek(loss_f + loss_r)
         loss_r.backward()  # .grad = ∇(forget loss + retain loss)
 
-        check_finite(loss_f + loss_r, i)
+        check_finite(*seen, i)
         now = lr * (1 - (i - 1) / steps)
         for j, p in enumerate(params):
             if p.grad is not None:

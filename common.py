@@ -61,8 +61,9 @@ def seed_of(*key):
 
 
 def generator(device, *key):
-    """A torch.Generator on `device`, seeded by `key`."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
+    """A torch.Generator on `device`, seeded by `key`; None on meta, where nothing is drawn."""
+    meta = torch.device(device).type == "meta"
+    return None if meta else torch.Generator(device).manual_seed(seed_of(*key))
 
 
 # ---- checkpoint directories ------------------------------------------------------------------------------------------

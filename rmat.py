@@ -192,10 +192,10 @@ def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
     key         of the rounding
     """
     rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # as floats they would recompile
-    seeds = [seed_of(*key, name) >> 32 for name in "pmv"]
-    flat = (x.view(-1) for x in (p, g, m, v))
-    rule(*flat, scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t), betas, eps, seeds)
+    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # a float would be compiled in
+    size, correction = scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t)
+    for n, part in enumerate(zip(*(x.view(-1).split(1 << 24) for x in (p, g, m, v)))):  # what stands wide is small
+        rule(*part, size, correction, betas, eps, [seed_of(*key, n, name) >> 33 for name in "pmv"])
 
 
 def sgd_rule(p, g, lr, seed):
@@ -208,13 +208,25 @@ def sgd_rule(p, g, lr, seed):
 def sgd_(p, g, lr, *key):
     """p ← p - lr g, in place; computed in float32 or wider, stored as `rounded` has it."""
     rule = compiled(sgd_rule) if p.is_cuda else sgd_rule
-    rule(p.view(-1), g.view(-1), lr, seed_of(*key) >> 32)
+    for n, part in enumerate(zip(p.view(-1).split(1 << 24), g.view(-1).split(1 << 24))):
+        rule(*part, lr, seed_of(*key, n) >> 33)
 
 
-def check_finite(loss, step):
-    """Raises FloatingPointError, before anything is updated, if the loss of this step is no number."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+def peek(loss):
+    """A loss on its way to the host, and the event of its arrival: who looks at it waits for nothing queued later."""
+    if not loss.is_cuda:
+        return loss.detach(), None
+    seen, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return seen, event
+
+
+def check_finite(seen, event, step):
+    """Raises FloatingPointError, before anything is updated, if the loss of this step, from peek, is no number."""
+    if event:
+        event.synchronize()
+    if not seen.is_meta and not torch.isfinite(seen):
+        raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
@@ -239,9 +251,10 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
         del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
+        seen = peek(loss_f + loss_r)
         loss_r.backward()  # .grad = ∇(mapping loss + retain loss)
 
-        check_finite(loss_f + loss_r, i)
+        check_finite(*seen, i)
         now = lr * (1 - (i - 1) / steps)
         for j, p in enumerate(params):
             if p.grad is not None:  # the output head has none of a mapping loss, but has one of the retain loss
@@ -275,9 +288,36 @@ def update_in_backward(params, update):
             p.grad = f
 
 
-def on_host(p):
-    """An uninitialised copy of p in host memory, pinned if p is on a GPU."""
-    return torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False)
+class Host:
+    """A place in host memory for each of some tensors, which move there and back while the device computes.
+
+    On a GPU the memory is pinned and a stream of its own moves: save(j) and load(j) begin when what was queued before
+    them is done, and what is queued after wait(j) begins when tensor j has moved. On the CPU they are plain copies.
+    """
+
+    def __init__(self, tensors):
+        self.tensors, self.stream, self.moved = tensors, torch.cuda.Stream() if tensors[0].is_cuda else None, {}
+        place = "meta" if tensors[0].is_meta else "cpu"
+        self.copies = [torch.zeros_like(x, device=place, pin_memory=x.is_cuda) for x in tensors]
+
+    def move(self, j, target, source):
+        if self.stream is None:
+            target.copy_(source)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        self.moved[j] = self.stream.record_event()
+
+    def save(self, j):
+        self.move(j, self.copies[j], self.tensors[j])
+
+    def load(self, j):
+        self.move(j, self.tensors[j], self.copies[j])
+
+    def wait(self, j):
+        if j in self.moved:
+            torch.cuda.current_stream().wait_event(self.moved[j])
 
 
 def inner_loop(model, batches, heldout, update, *, bound):
@@ -331,51 +371,50 @@ def mlac_ar(
     Raises FloatingPointError at a loss that is no number; the weights are then θ of the step before.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    theta = [on_host(p) for p in params]
-    adam = optimizer == "adamw"
-    if adam:
-        m, v = (
-            [torch.zeros_like(p) for p in params],
-            [torch.zeros_like(p) for p in params],
-        )  # of the loop at work
-        M, V = (
-            [on_host(p).zero_() for p in params],
-            [on_host(p).zero_() for p in params],
-        )  # the outer loop's, at rest
+    theta, moments = Host([p.detach() for p in params]), ()
+    if adam := optimizer == "adamw":
+        m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]  # of the loop at work
+        moments = Host(m), Host(v)  # the outer loop's, at rest
     model.train()
 
     def adversary(i, k, j, p, g):
+        for host in (theta, *moments) if k == 1 else ():
+            host.wait(j)
         if adam:
+            if k == 1:
+                m[j].zero_(), v[j].zero_()  # the adversary starts fresh
             adamw_(p, g, m[j], v[j], k, lr, seed, "adversary", i, k, j)
         else:
             sgd_(p, g, lr, seed, "adversary", i, k, j)
+        for host in moments if k == K else ():
+            host.load(j)  # the outer loop's moments come while ω_K is differentiated
 
     for i in range(1, N + 1):
         ids, mask = forget[i - 1]
         *batches, heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
-        for j, p in enumerate(params):
-            theta[j].copy_(p.detach())  # θ waits on the host while the model is ω
-            if adam:
-                m[j].zero_(), v[j].zero_()  # the adversary starts fresh
+        for j in reversed(range(len(params))):  # the order in which the adversary will change them
+            theta.save(j)  # θ waits on the host while the model is ω
 
         loss_f, loss_h, above = inner_loop(model, batches, heldout, partial(adversary, i), bound=bound)
 
         for j, p in enumerate(params):
-            p.detach().copy_(theta[j])  # ω is dropped, θ is back to the bit
+            theta.load(j)  # ω is dropped, θ is back to the bit
+            theta.wait(j)
             p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None  # -α φ
         loss_r = next_token_loss(model, *retain[i - 1])
+        seen = peek(loss_r + loss_f + loss_h)
         loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
-        check_finite(loss_r + loss_f + loss_h, i)
+        check_finite(*seen, i)
 
         for j, p in enumerate(params):  # θ ← θ - η (∇L(θ; x_r) - α φ)
-            if p.grad is None:
-                continue
-            if adam:
-                m[j].copy_(M[j]), v[j].copy_(V[j])
+            for host in moments:
+                host.wait(j)
+            if p.grad is not None and adam:
                 adamw_(p, p.grad, m[j], v[j], i, lr, seed, "outer", i, j)
-                M[j].copy_(m[j]), V[j].copy_(v[j])
-            else:
+            elif p.grad is not None:
                 sgd_(p, p.grad, lr, seed, "outer", i, j)
+            for host in moments:
+                host.save(j)
             p.grad = None
         log(i, N, retain=loss_r.detach(), adversary=loss_f, heldout=loss_h, bounded=above)
 
