@@ -89,6 +89,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
     add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
@@ -108,8 +109,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Run, Stream, decoder_layers, fail, generator, load_chunks, load_mmlu, load_model, logits, read_args, score_mmlu,
-    seed_of, show_scores, write_scores,
+    Blank, Run, Stream, decoder_layers, dry_run, fail, generator, load_chunks, load_mmlu, load_model, logits, read_args,
+    score_mmlu, seed_of, show_scores, write_scores,
 )  # fmt: skip
 
 
@@ -227,8 +228,9 @@ def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="n
 
 
 def rounded(x, dtype, seed):
-    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an update
-    of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32, Wellons."""
+    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an
+    update of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32
+    (Wellons, 2018)."""
     if dtype != torch.bfloat16:
         return x.to(dtype)
     h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
@@ -285,6 +287,11 @@ def check_finite(seen, event, step):
         raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
+def ends(model):
+    """The weights of the embedding and of the output head, which --freeze keeps (Table 2)."""
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+
+
 def adv_probes(
     model, forget, retain, match, *, steps, lr, probe_steps=5, probe_lr=5e-5, probe_width=1024, freeze=True, seed=0,
     log=lambda *_, **__: None,
@@ -300,7 +307,7 @@ def adv_probes(
     log             called as log(i, steps, wasserstein=, retain=, critic_steps=)
     Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
     """
-    frozen = [model.get_input_embeddings().weight, model.get_output_embeddings().weight] if freeze else []
+    frozen = ends(model) if freeze else []
     for p in frozen:
         p.requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -344,6 +351,17 @@ def adv_probes(
 
 
 def main(args):
+    if args.dry_run:
+        blank = Blank(args.batch, args.tokens)
+        dry_run(
+            args, args.model,
+            lambda model: adv_probes(
+                model, blank, blank, None if args.swd else blank, steps=1, lr=args.lr, probe_steps=1,
+                probe_width=args.probe_width, freeze=args.freeze,
+            ),
+            trained=lambda model: set(model.parameters()) - set(ends(model) if args.freeze else ()),
+            copies={"gradients": 1, "AdamW's two moments": 2}, rest="critics, streams and activations",
+        )  # fmt: skip
     run = Run(args)
     mmlu = load_mmlu(args.mmlu) if args.mmlu else None
     texts_f, texts_r = load_chunks(args.data)

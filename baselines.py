@@ -66,6 +66,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
     add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
@@ -84,8 +85,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Run, Stream, decoder_layers, generator, load_chunks, load_mmlu, load_model, logits, read_args, score_mmlu, seed_of,
-    show_scores, write_scores,
+    Blank, Run, Stream, decoder_layers, dry_run, generator, load_chunks, load_mmlu, load_model, logits, read_args,
+    score_mmlu, seed_of, show_scores, write_scores,
 )  # fmt: skip
 
 
@@ -171,8 +172,9 @@ def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="n
 
 
 def rounded(x, dtype, seed):
-    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an update
-    of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32, Wellons."""
+    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an
+    update of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32
+    (Wellons, 2018)."""
     if dtype != torch.bfloat16:
         return x.to(dtype)
     h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
@@ -300,6 +302,12 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_,
 
 
 def main(args):
+    if args.dry_run:
+        blank = Blank(args.batch, args.tokens)
+        dry_run(
+            args, args.model, lambda model: baseline(model, blank, blank, method=args.method, steps=1, lr=args.lr),
+            copies={"gradients": 1, "AdamW's two moments": 2},
+        )  # fmt: skip
     run = Run(args)
     mmlu = load_mmlu(args.mmlu) if args.mmlu else None
     texts_f, texts_r = load_chunks(args.data)

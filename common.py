@@ -17,13 +17,16 @@ import resource
 import shutil
 import sys
 import time
+import weakref
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
 from transformers.utils import logging as hf_logging
 
 FORGET = (
@@ -55,6 +58,11 @@ def hush():
     hf_logging.disable_progress_bar()
 
 
+def never_packed():
+    """Spares transformers its look, at every pass, for several texts packed in a row: it would wait for the device."""
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
 def seed_of(*key):
     """A 63-bit seed from a key such as (seed, purpose, step): the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
@@ -78,6 +86,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model"):
     flag    the flag that named it, for the message
     """
     hush()
+    never_packed()
     local = Path(name).is_dir()
     if local and not (Path(name) / "config.json").exists():
         fail(f"{flag} {name}: no config.json, so no finished checkpoint; run the script that writes it (again)")
@@ -243,6 +252,103 @@ def peak_bytes():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of all tensors alive, on whatever device: `now` and, the most so far, `peak`.
+
+    tensors  made before, that count as well
+    """
+
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+        for x in tensors:
+            self.add(x)
+
+    def add(self, x):
+        storage = x.untyped_storage()  # counted once, however many tensors view it
+        if (key := storage._cdata) not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, storage.nbytes())
+
+    def drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.add(x)
+        return result
+
+
+class Blank:
+    """A Stream whose batches have a shape and no data: `size` texts of `length` tokens on the meta device."""
+
+    def __init__(self, size, length):
+        self.batch = torch.empty(size, length, dtype=torch.int64, device="meta")
+
+    def __getitem__(self, i):
+        return self.batch, self.batch.bool()
+
+
+def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copies, host=None, rest="activations"):
+    """Prints what a run will hold, group by group, and whether that fits; ends the program (status 1: it does not fit).
+
+    The model is made on the meta device from its config, all that is downloaded, and does one step there: the method's
+    own code on tensors without data, whose lives are counted.
+
+    name     the model's, a hub name or a directory with a config.json
+    step     step(model): one step of the method, with Blank streams
+    trained  trained(model): the parameters that learn
+    copies   {group: how many bytes a byte of trained weights} held on the device beside the weights
+    host     the same, held in host memory
+    rest     what the remainder of the peak is
+    """
+    hush()
+    never_packed()
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
+        fail(f"--dry-run {name}: no config ({reason}); run `hf auth login`, or give a folder with config.json")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    size = sum(p.numel() for p in model.parameters())
+    gpu = args.device != "cpu" and (torch.cuda.is_available() or size > 2e9 or args.device != "auto")
+    dtype = torch.bfloat16 if (gpu if args.dtype == "auto" else args.dtype == "bfloat16") else torch.float32
+    model.to(dtype)
+    if gpu:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    whole = size * dtype.itemsize
+    part = sum(p.numel() for p in trained(model)) * dtype.itemsize
+    groups = {"weights": whole} | {name: n * part for name, n in copies.items()}
+    away = {name: n * part for name, n in (host or {}).items()}
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        step(model)
+    peak = live.peak - sum(away.values())
+    groups |= {rest: peak - sum(groups.values()), "peak": peak}
+    print(f"{name} | {size / 1e6:.0f} M parameters | {str(dtype).removeprefix('torch.')}")
+    for name, n in groups.items():
+        print(f"{'GPU' if gpu else 'CPU':5}{name:50}{n / 1e9:8.2f} GB")
+    for name, n in away.items():
+        print(f"{'host':5}{name:50}{n / 1e9:8.2f} GB")
+    need = peak + 1.5e9 if gpu else peak + sum(away.values()) + 0.5e9  # and the libraries' own: CUDA's context, torch
+    if gpu and not torch.cuda.is_available():
+        print(f"no GPU here to compare with: it takes one of {math.ceil(need / 1e9)} GB or more")
+        raise SystemExit(0)
+    name, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if gpu:
+        name, there = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    verdict = "it fits" if need <= there else "it does not fit; lower --batch or --tokens"
+    print(f"{name} has {there / 1e9:.1f} GB: {verdict}")
+    raise SystemExit(int(need > there))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ TABLE_2 = {
     "AdvProbes, 5 steps, IDK, frozen": "adv_probes.py",
 }
 CONTROL = "never taught (control)"
-PLACES = set("model ckpt base data recovery mmlu format out seed device log_every eval_every".split())
+PLACES = set("model ckpt base data recovery mmlu format out seed device log_every eval_every dry_run".split())
 
 
 def parse_args(argv=None):

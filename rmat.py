@@ -73,6 +73,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
     add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
@@ -92,8 +93,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Run, Stream, decoder_layers, generator, load_chunks, load_mmlu, load_model, logits, read_args, score_mmlu, seed_of,
-    show_scores, write_scores,
+    Blank, Run, Stream, decoder_layers, dry_run, generator, load_chunks, load_mmlu, load_model, logits, read_args,
+    score_mmlu, seed_of, show_scores, write_scores,
 )  # fmt: skip
 
 
@@ -157,8 +158,9 @@ def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="n
 
 
 def rounded(x, dtype, seed):
-    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an update
-    of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32, Wellons."""
+    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an
+    update of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32
+    (Wellons, 2018)."""
     if dtype != torch.bfloat16:
         return x.to(dtype)
     h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
@@ -420,6 +422,21 @@ def mlac_ar(
 
 
 def main(args):
+    if args.dry_run:
+        K, batch = min(args.K, 2), partial(Blank, length=args.tokens)  # a third adversary step holds no more
+        moments = 2 * (args.optimizer == "adamw")
+
+        def step(model):
+            random_mapping(model, batch(args.batch), batch(args.batch), steps=min(args.rm_steps, 1), lr=args.rm_lr)
+            mlac_ar(
+                model, batch((K + 1) * args.batch), batch(args.batch), K=K, N=1, lr=args.lr, alpha=args.alpha,
+                optimizer=args.optimizer,
+            )  # fmt: skip
+
+        dry_run(
+            args, args.model, step, copies={"gradients, φ (.grad)": 1, "two moments of the loop at work": moments},
+            host={"θ": 1, "two moments of the outer loop": moments},
+        )  # fmt: skip
     run = Run(args)
     mmlu = load_mmlu(args.mmlu) if args.mmlu else None
     texts_f, texts_r = load_chunks(args.data)
