@@ -453,6 +453,8 @@ def bos(tokenizer):
 class Stream:
     """Batches of a text set: stream[i] is step i's, a function of (seed, purpose, i).
 
+    A text is tokenised when its turn comes. As no step waits for the device, that is while it is at the step before.
+
     texts   list of str; every epoch takes them in a fresh order and drops the incomplete batch at its end, so that no
             text stands twice in one batch
     size    B, texts a batch
@@ -481,7 +483,8 @@ class Stream:
         rows = [self.encode(j) for j in self.order[place * self.size : (place + 1) * self.size]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+        pinned = torch.device(self.device).type == "cuda"  # from other memory a copy waits for the device
+        return tuple((x.pin_memory() if pinned else x).to(self.device, non_blocking=True) for x in (ids, mask))
 
 
 # ---- MMLU (A.1) ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ a heldout batch whose loss is above log V (chance) adds nothing to φ (`--no-bou
 
 Memory, flat in K, in the weights' dtype: the weights (θ, or ω in the inner loop); φ, which *is* the parameters'
 .grad, so backward on the heldout batch accumulates into it in place; two moments, the adversary's in the inner loop
-and the outer ones after it; activations, checkpointed. θ and the outer moments wait in (pinned) host memory. The
-adversary's gradient never stands whole: backward hands over one parameter's at a time, which is applied and freed.
+and the outer ones after it; activations, checkpointed. θ and the outer moments wait in (pinned) host memory and move
+while the device computes. The adversary's gradient never stands whole: backward hands over one parameter's at a time,
+which is applied and freed. `--dry-run` prints the sum for a model before anything is downloaded.
 
 Logged: `retain`, `adversary`, `heldout` (nats a token; the last two are means over k), `bounded`, the share of heldout
 batches above log V.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_the_noise_of_rounding_is_even_and_its_neighbours_are_independent():
         assert abs(centred.mean()) < 0.003
         for lag in (1, 2, 64, 4096):
             assert abs((centred[lag:] * centred[:-lag]).mean()) < 0.0015
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_the_compiled_rule_is_the_same_rule_compiled_once(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    rule, rng = R.compiled(R.adamw_rule), torch.Generator().manual_seed(0)
+    for t, n in enumerate((64, 999, 70000), 1):
+        p, g, m, v = (torch.randn(n, generator=rng).mul(0.02).bfloat16() for _ in range(4))
+        a, b = [p, g, m, v.abs()], [p.clone(), g, m.clone(), v.abs()]
+        R.adamw_(*a, t, 1e-3 * t, "key", t)
+        with monkeypatch.context() as patch:
+            patch.setattr(R, "adamw_rule", rule)
+            R.adamw_(*b, t, 1e-3 * t, "key", t)
+        assert not torch.equal(a[0], p.new_zeros(n)) and all((x != y).float().mean() < 1e-3 for x, y in zip(a, b))
+    assert counters["stats"]["unique_graphs"] == 1  # neither the length nor the step compiles it again
 
 
 def test_weights_move_in_bf16_at_the_papers_learning_rate():
