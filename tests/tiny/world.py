@@ -3,12 +3,12 @@
 Six subjects under MMLU names, two of them biology (forget); sixty entities each, three relations each, one value a
 fact:
 
-    entity   two words out of 24 x 24 shared by all subjects, so that no fact can hide in one token's embedding
-    relation biology has words of its own for its relations, as it has in real text; subjects share the rest value
-    one word out of a pool of 16, drawn evenly, of one length, so that no prior gives it away; each pool serves a
-             relation of biology and one of other subjects
-    V        36 entities a subject, whose facts MMLU's test questions ask
-    A        the other 24, whose facts the recovery pairs (the attack) and MMLU's dev questions state
+    entity    two words out of 24 x 24 shared by all subjects, so that no fact can hide in one token's embedding
+    relation  biology has words of its own for its relations, as it has in real text; the other subjects share theirs
+    value     one word out of a pool of 16, drawn evenly, of one length, so that no prior gives it away; each pool
+              serves a relation of biology and one of other subjects
+    V         36 entities a subject, whose facts MMLU's test questions ask
+    A         the other 24, whose facts the recovery pairs (the attack) and MMLU's dev questions state
 
 A seed is a world. Files: chunks.jsonl, pile.jsonl.zst (the same text, unlabelled), camel.zip, mmlu/dev/*.csv,
 mmlu/test/*.csv.
