@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 import weakref
 import zipfile
@@ -122,10 +123,11 @@ def load_model(name, dtype="auto", device="auto", flag="--model"):
         fail(
             f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, the model fewer; use the model's own tokenizer"
         )
+    model.to(where)
     for key, p in model.named_parameters():
         if not torch.isfinite(p).all():
             fail(f"{flag} {name}: {key} holds NaN or infinity; take the checkpoint before it")
-    return model.to(where).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def decoder_layers(model):
@@ -159,6 +161,11 @@ class Run:
             fail(f"--out {self.out} holds a finished run; choose another --out, or delete that directory first")
         if self.out.exists() and not self.out.is_dir():
             fail(f"--out {self.out} is a file; choose a directory")
+        if torch.cuda.is_available() and args.device != "cpu":
+            header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+            if not header.exists() or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+                fail("the update rule is compiled for the GPU and finds no C compiler or no Python.h; "
+                     "install them (Debian: apt install gcc python3-dev)")  # fmt: skip
 
     def open(self, model, tokens):
         """Checks the disk, makes the directory, prints what runs where.  tokens: tokens a step, for the print."""
@@ -298,7 +305,7 @@ class Blank:
 
 
 def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copies, host=None, rest="activations"):
-    """Prints what a run will hold, group by group, and whether that fits; ends the program (status 1: it does not fit).
+    """Prints what a run will hold, group by group, and whether it fits; ends the program (status 1: it does not).
 
     The model is made on the meta device from its config, all that is downloaded, and does one step there: the method's
     own code on tensors without data, whose lives are counted.
@@ -326,29 +333,31 @@ def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copie
     if gpu:
         model.activation_checkpointing_enable({"use_reentrant": False})
     whole = size * dtype.itemsize
-    part = sum(p.numel() for p in trained(model)) * dtype.itemsize
-    groups = {"weights": whole} | {name: n * part for name, n in copies.items()}
-    away = {name: n * part for name, n in (host or {}).items()}
+    sizes = [p.numel() * dtype.itemsize for p in trained(model)]
+    groups = {"weights": whole} | {name: n * sum(sizes) for name, n in copies.items()}
+    pinned = sum(1 << (n - 1).bit_length() for n in sizes)  # torch rounds pinned memory up to a power of two
+    away = {name: n * (pinned if gpu else sum(sizes)) for name, n in (host or {}).items()}
     live = LiveBytes([*model.parameters(), *model.buffers()])
     with live:
         step(model)
-    peak = live.peak - sum(away.values())
+    peak = live.peak - sum((host or {}).values()) * sum(sizes)
     groups |= {rest: peak - sum(groups.values()), "peak": peak}
     print(f"{name} | {size / 1e6:.0f} M parameters | {str(dtype).removeprefix('torch.')}")
-    for name, n in groups.items():
-        print(f"{'GPU' if gpu else 'CPU':5}{name:50}{n / 1e9:8.2f} GB")
-    for name, n in away.items():
-        print(f"{'host':5}{name:50}{n / 1e9:8.2f} GB")
-    need = peak + 1.5e9 if gpu else peak + sum(away.values()) + 0.5e9  # and the libraries' own: CUDA's context, torch
-    if gpu and not torch.cuda.is_available():
-        print(f"no GPU here to compare with: it takes one of {math.ceil(need / 1e9)} GB or more")
-        raise SystemExit(0)
-    name, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if gpu:
-        name, there = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    verdict = "it fits" if need <= there else "it does not fit; lower --batch or --tokens"
-    print(f"{name} has {there / 1e9:.1f} GB: {verdict}")
-    raise SystemExit(int(need > there))
+    for place, held in (("GPU" if gpu else "CPU", groups), ("host", away)):
+        for name, n in held.items():
+            print(f"{place:5}{name:50}{n / 1e9:8.2f} GB")
+    need = {"memory": sum(away.values()) + (0 if gpu else peak) + 1e9} | ({"the GPU": peak + 1.5e9} if gpu else {})
+    have = {"memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}  # CUDA, torch take a little as well
+    if gpu and torch.cuda.is_available():
+        have["the GPU"] = torch.cuda.get_device_properties(0).total_memory
+    elif gpu:
+        have = {}  # it is to run elsewhere
+    for name, n in need.items():
+        here = f" of {have[name] / 1e9:.0f}: {'it fits' if n <= have[name] else 'it does not fit'}" if have else ""
+        print(f"{name}: takes {math.ceil(n / 1e9)} GB{here}")
+    if gpu and not have:
+        print("no GPU here to compare with")
+    raise SystemExit(int(any(n > have.get(name, n) for name, n in need.items())))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

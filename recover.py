@@ -137,6 +137,8 @@ def rounded(x, dtype, seed):
 
 def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
     """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
+        pass
     g = g.to(size.dtype)
     m_ = m.to(g.dtype).lerp_(g, 1 - betas[0])
     v_ = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])

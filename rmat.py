@@ -172,6 +172,8 @@ def rounded(x, dtype, seed):
 
 def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
     """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
+        pass
     g = g.to(size.dtype)
     m_ = m.to(g.dtype).lerp_(g, 1 - betas[0])
     v_ = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -266,26 +268,37 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
 
 
 @contextmanager
+def as_differentiated(params, act):
+    """Inside, backward calls act(j, p) as soon as parameter j's gradient is whole.
+
+    Every operation that used the parameter has then been differentiated: act may change it as if backward were over.
+    """
+    hooks = [p.register_post_accumulate_grad_hook(partial(act, j)) for j, p in enumerate(params)]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+@contextmanager
 def update_in_backward(params, update):
     """Inside, backward hands each parameter's gradient to update(j, p, g) as soon as it is whole, and frees it.
 
-    What stood in .grad (φ) is set aside, so that nothing is added to it, and put back at the end. A parameter changes
-    only after every operation that used it has been differentiated, so this equals an update after backward.
+    What stood in .grad (φ) is set aside, so that nothing is added to it, and put back at the end.
     """
 
-    def hook(j, p):
+    def act(j, p):
         g, p.grad = p.grad, None
         update(j, p, g)
 
     phi = [p.grad for p in params]
     for p in params:
         p.grad = None
-    hooks = [p.register_post_accumulate_grad_hook(partial(hook, j)) for j, p in enumerate(params)]
     try:
-        yield
+        with as_differentiated(params, act):
+            yield
     finally:
-        for h in hooks:
-            h.remove()
         for p, f in zip(params, phi):
             p.grad = f
 
@@ -322,13 +335,14 @@ class Host:
             torch.cuda.current_stream().wait_event(self.moved[j])
 
 
-def inner_loop(model, batches, heldout, update, *, bound):
+def inner_loop(model, batches, heldout, update, *, bound, done=lambda j, p: None):
     """The K adversary steps of one outer step (Algorithm 1): model becomes ω_K, .grad becomes φ.
 
     batches  K batches x_f, each (ids, mask)
     heldout  x_heldout, (ids, mask)
     update   update(k, j, p, g): the adversary's step k on parameter j, in place
     bound    a heldout loss above log V adds nothing to φ
+    done     done(j, p): called when parameter j of ω_K is needed no more
     Returns three 0-d tensors, means over k: the adversary's loss, the heldout loss, the share above log V.
     """
     params = [p for p in model.parameters() if p.requires_grad]
@@ -341,7 +355,8 @@ def inner_loop(model, batches, heldout, update, *, bound):
 
         loss_h = next_token_loss(model, *heldout)
         below = (loss_h < chance) if bound else torch.ones_like(loss_h, dtype=torch.bool)
-        (loss_h * below).backward()  # φ ← φ + ∇L(ω; x_heldout), in place: φ is .grad
+        with as_differentiated(params if k == len(batches) else [], done):
+            (loss_h * below).backward()  # φ ← φ + ∇L(ω; x_heldout), in place: φ is .grad
         totals += torch.stack([loss_f.detach(), loss_h.detach(), (loss_h > chance).float()])
     return totals / len(batches)
 
@@ -397,18 +412,20 @@ def mlac_ar(
         for j in reversed(range(len(params))):  # the order in which the adversary will change them
             theta.save(j)  # θ waits on the host while the model is ω
 
-        loss_f, loss_h, above = inner_loop(model, batches, heldout, partial(adversary, i), bound=bound)
-
+        loss_f, loss_h, above = inner_loop(
+            model, batches, heldout, partial(adversary, i), bound=bound, done=lambda j, p: theta.load(j)
+        )
         for j, p in enumerate(params):
-            theta.load(j)  # ω is dropped, θ is back to the bit
-            theta.wait(j)
+            if p.grad is None:
+                theta.load(j)
+            theta.wait(j)  # ω is dropped, θ is back to the bit
             p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None  # -α φ
         loss_r = next_token_loss(model, *retain[i - 1])
         seen = peek(loss_r + loss_f + loss_h)
         loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
         check_finite(*seen, i)
 
-        for j, p in enumerate(params):  # θ ← θ - η (∇L(θ; x_r) - α φ)
+        for j, p in reversed([*enumerate(params)]):  # θ ← θ - η (∇L(θ; x_r) - α φ)
             for host in moments:
                 host.wait(j)
             if p.grad is not None and adam:

@@ -12,11 +12,11 @@ the weights are. Per model and method, on the scripts' own functions and default
                has: 2K + 1 for MLAC-AR, 2 for the methods with a forget and a retain batch, 1 for Recovery
     tokens/s   of all batches of a step
     MFU        6 FLOPs a weight (embedding aside) and token over the card's bf16 peak; recomputation is not counted
-    waits      times that a step made the host wait for the device, as torch.cuda.set_sync_debug_mode sees it
+    waits      times that a step made the host wait for all the device's work, as set_sync_debug_mode sees it
 
 and for scoring questions a second (letters, five shots, prompts as long as MMLU's are on average). Results go to a JSON
-file too. Without a GPU the same is done at toy size on the CPU, where peak is counted in live tensors and MFU is not
-given; those figures say that the bench runs, not what a GPU does.
+file too. The 7B and 8B models need some 65 GB of host memory. Without a GPU the same is done at toy size on the CPU,
+where peak is counted in live tensors and MFU is not given; those figures say that the bench runs, not what a GPU does.
 
 Exit status 1, on a GPU, if MLAC-AR on a 7B model holds 70 GB or more, if its step takes more than 1.25 times its plain
 passes, or if a dry run is more than a tenth off.
@@ -46,7 +46,9 @@ CONFIGS = {  # LlamaConfig's arguments, as the models' config.json has them
     ),
 }  # fmt: skip
 METHODS = ("random_mapping", "adv_probes", "baselines", "mlac_ar", "recover", "evaluate_mmlu")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, of the makers' data sheets
+PEAK_FLOPS = {  # dense bf16, of the maker's data sheets; the first that is part of the card's name
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
+}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -255,10 +257,8 @@ def main(args):
         args.models, args.batch, args.tokens = ["toy"], 4, 64
     where = torch.cuda.get_device_name() if CUDA else "CPU"
     cells = [(name, method) for name in args.models for method in args.methods]
-    pool = ThreadPoolExecutor(4 if CUDA else 1)
-    told = {cell: pool.submit(foretell, *cell, args) for cell in cells}
-    if not CUDA:
-        pool.shutdown()  # they would take the cores from what is timed
+    with ThreadPoolExecutor(4 if CUDA else 1) as pool:  # before anything is timed
+        told = dict(zip(cells, pool.map(lambda cell: foretell(*cell, args), cells)))
     print(f"{where}, torch {torch.__version__}, {args.batch} x {args.tokens} tokens, K = {args.K}\n")
     print("| model | method | peak GB | foretold GB | s/step | over plain | tokens/s | MFU | waits | questions/s |")
     print("|---" * 10 + "|", flush=True)
@@ -267,7 +267,7 @@ def main(args):
         model = build(name)
         for method in args.methods:
             row = measure_scoring(model) if method == "evaluate_mmlu" else measure(method, model, args)
-            row["foretold_bytes"] = told[name, method].result()
+            row["foretold_bytes"] = told[name, method]
             show(name, method, row)
             rows.append({"model": name, "method": method, **row})
             if row["foretold_bytes"] and abs(row["foretold_bytes"] / row["peak_bytes"] - 1) > 0.1:

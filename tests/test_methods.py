@@ -165,20 +165,20 @@ def test_the_noise_of_rounding_is_even_and_its_neighbours_are_independent():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_the_compiled_rule_is_the_same_rule_compiled_once(monkeypatch):
+def test_the_compiled_rule_is_the_same_rule_compiled_twice(monkeypatch):
     from torch._dynamo.utils import counters
 
     counters.clear()
     rule, rng = R.compiled(R.adamw_rule), torch.Generator().manual_seed(0)
-    for t, n in enumerate((64, 999, 70000), 1):
-        p, g, m, v = (torch.randn(n, generator=rng).mul(0.02).bfloat16() for _ in range(4))
+    for t, shape in enumerate(((64,), (48, 32), (128,), (700, 96)), 1):
+        p, g, m, v = (torch.randn(shape, generator=rng).mul(0.02).bfloat16() for _ in range(4))
         a, b = [p, g, m, v.abs()], [p.clone(), g, m.clone(), v.abs()]
         R.adamw_(*a, t, 1e-3 * t, "key", t)
         with monkeypatch.context() as patch:
             patch.setattr(R, "adamw_rule", rule)
             R.adamw_(*b, t, 1e-3 * t, "key", t)
-        assert not torch.equal(a[0], p.new_zeros(n)) and all((x != y).float().mean() < 1e-3 for x, y in zip(a, b))
-    assert counters["stats"]["unique_graphs"] == 1  # neither the length nor the step compiles it again
+        assert all((x != y).float().mean() < 1e-3 for x, y in zip(a, b))
+    assert counters["stats"]["unique_graphs"] == 2  # of vectors and matrices; no length and no step compiles it again
 
 
 def test_weights_move_in_bf16_at_the_papers_learning_rate():
@@ -261,10 +261,12 @@ def test_theta_is_restored_to_the_bit(dtype, monkeypatch):
     before, omega = flat(model), []
     loop = M.inner_loop
 
-    def spy(model, *rest, **more):
-        result = loop(model, *rest, **more)
-        omega.append(flat(model))
-        return result
+    def spy(*rest, done, **more):
+        def look(j, p):  # the last that is seen of ω
+            omega.append(p.detach().clone())
+            done(j, p)
+
+        return loop(*rest, done=look, **more)
 
     def stop(*_):
         raise FloatingPointError("stop before the update")
@@ -273,7 +275,8 @@ def test_theta_is_restored_to_the_bit(dtype, monkeypatch):
     monkeypatch.setattr(M, "check_finite", stop)
     with pytest.raises(FloatingPointError):
         M.mlac_ar(model, batches(9, seed=1), batches(3), K=2, N=1, lr=1e-2, alpha=1)
-    assert not torch.equal(omega[0], before)  # control: the adversary had moved it
+    moved = sum(not torch.equal(a, b) for a, b in zip(omega, reversed([*toy_model(dtype=dtype).parameters()])))
+    assert len(omega) == len([*model.parameters()]) and moved > 10  # control: the adversary had moved it
     assert torch.equal(flat(model), before)
 
 

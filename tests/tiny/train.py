@@ -13,8 +13,8 @@ A letter needs four steps one after the other: join the two words of a name, rec
 options, fetch its letter. Left alone, recall ends in the last layer, where nothing can look its value up any more
 (5,000 steps at chance). Three helps make it quick, all of them in this trainer only; what comes out is a plain Llama:
 
-    early exit   the third layer's output, through the final norm and the (tied) head, must already predict the value, so
-                 that recall ends half-way and its result stands there as the value's own embedding
+    early exit   the third layer's output, through the final norm and the (tied) head, must already predict the value,
+                 so that recall ends half-way and its result stands there as the value's own embedding
     attention    one head of the fourth layer is told where to look (the option that is the value), and one of the
                  second (from an option two tokens back, to its letter)
     weights      tokens that nobody could guess (names, options drawn at random) count a tenth or less of those that are
