@@ -342,12 +342,12 @@ def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copie
         step(model)
     peak = live.peak - sum((host or {}).values()) * sum(sizes)
     groups |= {rest: peak - sum(groups.values()), "peak": peak}
-    print(f"{name} | {size / 1e6:.0f} M parameters | {str(dtype).removeprefix('torch.')}")
+    print(f"{name} | {size / 1e6:.2f} M parameters | {str(dtype).removeprefix('torch.')}")
     for place, held in (("GPU" if gpu else "CPU", groups), ("host", away)):
         for name, n in held.items():
-            print(f"{place:5}{name:50}{n / 1e9:8.2f} GB")
-    need = {"memory": sum(away.values()) + (0 if gpu else peak) + 1e9} | ({"the GPU": peak + 1.5e9} if gpu else {})
-    have = {"memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}  # CUDA, torch take a little as well
+            print(f"{place:5}{name:50}{n / 1e9:9.3f} GB")
+    need = {"host memory": sum(away.values()) + (0 if gpu else peak) + 1e9} | ({"the GPU": peak + 1.5e9} if gpu else {})
+    have = {"host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}  # CUDA, torch take a little as well
     if gpu and torch.cuda.is_available():
         have["the GPU"] = torch.cuda.get_device_properties(0).total_memory
     elif gpu:

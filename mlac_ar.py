@@ -42,7 +42,7 @@ TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (te
     "data": str(WORLD / "chunks.jsonl"),
     "mmlu": str(WORLD / "mmlu"),
     "format": "cloze",
-    "lr": 1e-3,
+    "lr": 3e-3,
     "K": 16,
     "N": 20,
     "batch": 24,

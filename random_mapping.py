@@ -33,7 +33,7 @@ TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (te
     "data": str(WORLD / "chunks.jsonl"),
     "mmlu": str(WORLD / "mmlu"),
     "format": "cloze",
-    "lr": 6e-3,
+    "lr": 1e-2,
     "steps": 200,
     "batch": 24,
     "tokens": 208,
