@@ -616,10 +616,10 @@ def run_rows(model, rows, budget):
     """Scores the rows of one subject; yields (question, options, their log-probabilities).
 
     The longest token prefix that all prompts share (description and shots) is computed once; suffixes follow in
-    right-padded batches of at most `budget` tokens, prefix counted, on copies of its cache. No attention mask: pads
-    come after everything that is read, and a mask as long as the suffix would be wrong without an error.
+    right-padded batches of at most `budget` tokens, prefix counted, on copies of its cache. The mask is causal and one
+    for all rows: pads come after everything that is read. Where layers differ (sliding windows) the model makes its own.
     """
-    device = model.device
+    device, windows = model.device, getattr(model.config.get_text_config(), "sliding_window", None)
     contexts = [ids[: start + 1] for _, _, ids, start, _ in rows]
     P = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
     cache = DynamicCache()
@@ -633,7 +633,10 @@ def run_rows(model, rows, budget):
         ids = [torch.tensor(row[2][P:]) for row in batch]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
         copy = DynamicCache([(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in past])
-        hidden = model.base_model(ids, past_key_values=copy, use_cache=True).last_hidden_state  # (B, T, D)
+        T, mask = ids.shape[1], None
+        if not windows:
+            mask = torch.full((1, 1, T, P + T), -torch.inf, dtype=model.dtype, device=device).triu(P + 1)
+        hidden = model.base_model(ids, past_key_values=copy, attention_mask=mask, use_cache=True).last_hidden_state
         where = [(b, row[3] - P + n) for b, row in enumerate(batch) for n in range(len(row[4]))]
         b, t = torch.tensor(where, device=device).T
         targets = torch.tensor([line for row in batch for line in row[4]], device=device)
