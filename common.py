@@ -347,7 +347,9 @@ def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copie
         for name, n in held.items():
             print(f"{place:5}{name:50}{n / 1e9:9.3f} GB")
     need = {"host memory": sum(away.values()) + (0 if gpu else peak) + 1e9} | ({"the GPU": peak + 1.5e9} if gpu else {})
-    have = {"host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}  # CUDA, torch take a little as well
+    have = {
+        "host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    }  # CUDA, torch take a little as well
     if gpu and torch.cuda.is_available():
         have["the GPU"] = torch.cuda.get_device_properties(0).total_memory
     elif gpu:
@@ -617,7 +619,7 @@ def run_rows(model, rows, budget):
 
     The longest token prefix that all prompts share (description and shots) is computed once; suffixes follow in
     right-padded batches of at most `budget` tokens, prefix counted, on copies of its cache. The mask is causal and one
-    for all rows: pads come after everything that is read. Where layers differ (sliding windows) the model makes its own.
+    for all rows: pads come after all that is read. Where layers differ (sliding windows) the model makes its own.
     """
     device, windows = model.device, getattr(model.config.get_text_config(), "sliding_window", None)
     contexts = [ids[: start + 1] for _, _, ids, start, _ in rows]

@@ -33,6 +33,7 @@ TINY = {  # what --tiny swaps in: the miniature, its own question and the settin
     "question": "Is this text about {concept}?\n\n{chunk}\n\nAnswer:",
     "chat": False,
     "tokens": 207,
+    "max_bytes": "610kB",  # all of it
 }
 QUESTION = """You label passages of text for a data set. The question is always the same: does the passage convey \
 knowledge of {concept}?

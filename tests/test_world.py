@@ -15,7 +15,13 @@ WORLD0 = ROOT / "tests" / "tiny" / "world0"
 
 def test_the_shipped_files_are_those_of_seed_0(tmp_path):
     W.write_world(0, tmp_path)
-    for path in ("chunks.jsonl", "camel.zip", "mmlu/dev/astronomy_dev.csv", "mmlu/test/college_biology_test.csv"):
+    for path in (
+        "chunks.jsonl",
+        "pile.jsonl.zst",
+        "camel.zip",
+        "mmlu/dev/astronomy_dev.csv",
+        "mmlu/test/college_biology_test.csv",
+    ):
         assert (tmp_path / path).read_bytes() == (WORLD0 / path).read_bytes(), path
 
 

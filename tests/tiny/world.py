@@ -146,13 +146,13 @@ def make_chunks(facts, rng):
 
 
 def make_documents(chunks, rng):
-    """Unlabelled text in the Pile's schema, for label_pile.py: one to three chunks of one label a document."""
+    """Unlabelled text in the Pile's schema, for label_pile.py: one or two chunks of one label a document."""
     documents = []
     for label in (True, False):
         texts = [c["txt_chunk"] for c in chunks if c["label"] == label]
         texts = [texts[i] for i in rng.permutation(len(texts))]
         while texts:
-            n = int(rng.integers(1, 4))
+            n = int(rng.integers(1, 3))
             documents.append("\n\n".join(texts[:n]))
             texts = texts[n:]
     return [{"text": documents[i], "meta": {"pile_set_name": "miniature"}} for i in rng.permutation(len(documents))]
