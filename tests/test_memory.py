@@ -194,5 +194,5 @@ def test_a_dry_run_writes_nothing_and_says_what_is_missing(tmp_path, capsys, mon
     assert stop.value.code == 2 and "config.json" in error and "\n" not in error
     with pytest.raises(SystemExit):
         rmat.main(rmat.parse_args(["--tiny", "--dry-run"]))
-    assert re.search(r"peak +\d+\.\d\d GB", capsys.readouterr().out)
+    assert re.search(r"peak +\d+\.\d+ GB", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == [] and (WORLD / "base").exists()

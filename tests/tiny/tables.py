@@ -13,7 +13,7 @@ Every figure comes from the repository's own scripts, run as a user runs them. W
 command can be stopped and started at any time. Worlds other than 0, which is shipped, are trained first
 (tests/tiny/train.py: ten minutes a model, two models a world).
 
-    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two and a half hours on two cores
+    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two hours on two cores
     python evaluate_mmlu.py --table out/tables --format cloze --figures      # the tables again, and the figures
     python evaluate_mmlu.py --table out/tables-3e-3 --format cloze           # the tables under the other attack
 """
