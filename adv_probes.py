@@ -1,6 +1,6 @@
 """Adversarial probes: make forget text's residual stream look like "I don't know", as critics see it (3.4, A.2).
 
-    D_l, one critic a decoder layer: LayerNorm, then D -> 1024 -> 256 -> 1, one score a token
+    D_l, one critic a decoder layer: D -> 1024 -> 256 -> 1, a LayerNorm before and leaky ReLUs between; a score a token
     for i = 1 .. steps:
         H(F), H(M) ← residual streams on forget text and on match text, one pass each
         probe_steps times:  D ← ascend E[D(H(M))] - E[D(H(F))], linear weights clipped to [-0.1, 0.1]
@@ -71,7 +71,11 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add(
+        "--data",
+        default="lapisrocks/pile-bio",
+        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
+    )
     add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
     add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
     add("--out", default="out/adv_probes", help="checkpoint directory to write")
@@ -80,7 +84,7 @@ def parse_args(argv=None):
     add("--probe-steps", type=int, default=5, help="critic steps a model step (Table 2: 3 or 5)")
     add("--match", default="idk", choices=("idk", "rand"), help="M: phrasings of I don't know, or random strings")
     add("--freeze", action=argparse.BooleanOptionalAction, default=True, help="keep embedding and output head fixed")
-    add("--swd", action="store_true", help="sliced Wasserstein distance to N(0, I) instead of critics and match text")
+    add("--swd", action="store_true", help="sliced Wasserstein distance to N(0, I); no critics, no match text")
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the critics' RMSprop (Arjovsky et al.)")
     add("--probe-width", type=int, default=1024, help="first hidden width of a critic; the second is a quarter of it")
     add("--batch", type=int, default=16, help="texts a step of each set (paper: not stated)")
@@ -91,8 +95,9 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=10, help="steps between log lines")
     add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
     add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
-    if "--tiny" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**TINY)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--tiny" in argv:
+        parser.set_defaults(**TINY | ({"lr": 1e-2} if "--swd" in argv else {}))
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.log_every, args.probe_steps) < 1 or args.tokens < 2 or args.probe_width < 4:
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2, --probe-width at 4")

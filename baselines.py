@@ -7,12 +7,12 @@
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
-At the defaults high_low_lr is 3.3's 100 steps at 1e-4 and 400 at 1e-5. It ends in plain fine-tuning on the forget set,
-so it hides nothing that a loss on that text would show: the claim was that a high learning rate first leaves the basin
-the knowledge sat in. Where the paper is silent, our choices: in min_posterior tokens with log p < -15 contribute
-nothing (they are forgotten, and their gradient is noise); pads are left out; the losses weigh 1 to 1; 500 steps and
-lr 1e-5 for the other two; AdamW without weight decay, its learning rate falls linearly to 0 in each phase, as in
-random_mapping.py. random_mapping stands here word for word as in its own file.
+At the defaults high_low_lr is 3.3's 100 steps at 1e-4 and 400 at 1e-5, each rate falling to 0. It ends in plain
+fine-tuning on the forget set, so it hides nothing that a loss on that text would show: the claim was that a high rate
+first leaves the basin the knowledge sat in. Where the paper is silent, our choices: in min_posterior tokens with log p
+below -15 contribute nothing (they are forgotten, and their gradient is noise); pads are left out; the losses weigh 1 to
+1; 500 steps and lr 1e-5 for the other two; AdamW without weight decay, its learning rate falls linearly to 0 in each
+phase, as in random_mapping.py. random_mapping stands here word for word as in its own file.
 
 Memory: weights, one gradient and two moments, all in the weights' dtype, and activations, checkpointed.
 
@@ -36,12 +36,12 @@ TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (te
     "data": str(WORLD / "chunks.jsonl"),
     "mmlu": str(WORLD / "mmlu"),
     "format": "cloze",
-    "lr": 3e-3,
     "steps": 200,
     "batch": 24,
     "tokens": 208,
     "log_every": 50,
 }
+TINY_LR = {"min_posterior": 1e-2, "max_entropy": 1e-2, "high_low_lr": 3e-3}
 
 
 def parse_args(argv=None):
@@ -54,11 +54,20 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--method", default="min_posterior", choices=METHODS, help="which baseline (3.3)")
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add(
+        "--data",
+        default="lapisrocks/pile-bio",
+        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
+    )
     add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
     add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
-    add("--lr", type=float, default=1e-5, help="learning rate of AdamW, falling linearly to 0; the low one (3.3)")
+    add(
+        "--lr",
+        type=float,
+        default=1e-5,
+        help="rate of AdamW, falling to 0; high_low_lr begins at ten times this",
+    )
     add("--steps", type=int, default=500, help="optimizer steps (3.3 for high_low_lr, else paper: not stated)")
     add("--batch", type=int, default=16, help="texts a step of each set (paper: not stated)")
     add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
@@ -69,7 +78,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
     add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**TINY)
+        parser.set_defaults(**TINY, lr=TINY_LR[parser.parse_known_args(argv)[0].method])
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.method}"
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
@@ -277,7 +286,7 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_,
     """A baseline's loss on F and the next-token loss on R (3.3), `model` in place.
 
     forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
-    method          "min_posterior", "max_entropy", or "high_low_lr", whose first phase is random_mapping
+    method          "min_posterior", "max_entropy", or the second phase of "high_low_lr"
     steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
     seed            of the rounding
     log             called as log(i, steps, forget=loss, retain=loss)
@@ -306,10 +315,12 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_,
 def main(args):
     if args.dry_run:
         blank = Blank(args.batch, args.tokens)
-        dry_run(
-            args, args.model, lambda model: baseline(model, blank, blank, method=args.method, steps=1, lr=args.lr),
-            copies={"gradients": 1, "AdamW's two moments": 2},
-        )  # fmt: skip
+
+        def step(model):
+            random_mapping(model, blank, blank, steps=int(args.method == "high_low_lr"), lr=args.lr)
+            baseline(model, blank, blank, method=args.method, steps=1, lr=args.lr)
+
+        dry_run(args, args.model, step, copies={"gradients": 1, "AdamW's two moments": 2})
     run = Run(args)
     mmlu = load_mmlu(args.mmlu) if args.mmlu else None
     texts_f, texts_r = load_chunks(args.data)

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--ckpt", nargs="+", default=[], metavar="CKPT", help="checkpoint directories or hub names to score")
     add("--table", metavar="DIR", default=None, help="print the Markdown tables of every run under DIR instead")
     add("--figures", action="store_true", help="with --table: draw Figures 2 and 3 into DIR/figures")
-    add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs (dev/, test/, val/)")
+    add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs (dev/, test/, val/); args.json's")
     add("--split", default="test", choices=("test", "validation"), help="questions to ask; the shots are always dev's")
     add("--subjects", nargs="+", default=None, metavar="SUBJECT", help="score these subjects only; None: all")
     add("--format", default="letter", choices=("letter", "cloze"), help="what is compared: letters, or options' text")

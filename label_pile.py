@@ -16,7 +16,7 @@ Where the paper is silent, our choices: the question's words (QUESTION); the thr
 document, no overlap; "yes" and "Yes" both count, so do "no" and "No".
 
     python label_pile.py --tiny                                       # the miniature on a laptop -> out/labels
-    python label_pile.py --max-bytes 30GB --per-class 25000           # the Pile, openchat-3.5 on one GPU
+    python label_pile.py --per-class 25000 --tokenizer meta-llama/Llama-2-7b-chat-hf   # the Pile, openchat-3.5, one GPU
     python label_pile.py --max-bytes 30GB --shard 0/4 --out out/labels    # the first of four machines' shares
     python rmat.py --data out/labels
 """
@@ -81,10 +81,19 @@ def parse_args(argv=None):
     add("--out", default="out/labels", help="folder to write; a run that was cut off goes on there")
     add("--tokens", type=int, default=255, help="tokens a chunk at most, BOS not counted (A.1)")
     add("--rows", type=int, default=500, help="rows a part file; what a crash can cost")
-    add("--shard", default="0/1", help="i/n: take every n-th document from the i-th on, i from 0")
-    add("--max-bytes", default="30GB", help="stop after so much text was read, e.g. 500MB (A.1: 30 GB)")
-    add("--max-chunks", type=int, default=None, help="stop after so many rows; None: do not")
-    add("--per-class", type=int, default=None, help="stop when both labels have so many rows; None: do not")
+    add("--shard", default="0/1", help="i/n: every n-th document from the i-th on, i from 0; one --out may hold all")
+    add(
+        "--max-bytes",
+        default="30GB",
+        help="stop after so much text was read (all shards' counts), e.g. 500MB",
+    )
+    add("--max-chunks", type=int, default=None, help="stop after so many rows of this shard; None: do not")
+    add(
+        "--per-class",
+        type=int,
+        default=None,
+        help="stop when each label has so many rows in this shard; all are kept",
+    )
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--tiny", action="store_true", help="swap in the miniature, its question and the settings that fit it")
@@ -336,7 +345,8 @@ def main(args):
     n = sum(parts.labels.values())
     summary = {"chunks": n, "positive": parts.labels[True], "bytes_read": read, "arguments": vars(args)}
     write_json(parts.summary, summary | {"seconds": round(time.time() - start, 1)})
-    print(f"{n} rows, {parts.labels[True]} positive, in {args.out}\nnext: python rmat.py --data {args.out}")
+    print(f"{n} rows, {parts.labels[True]} positive, in {args.out}")
+    print(f"next: python rmat.py{' --tiny' if args.tiny else ''} --data {args.out}")
 
 
 if __name__ == "__main__":

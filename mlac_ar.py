@@ -11,16 +11,17 @@
 First order, as Algorithm 1 has it: no graph goes through the inner loop. φ is taken after each adversary step (ω_1 ..
 ω_K, never θ), on one heldout batch an outer step, which is never one of that step's x_f. Signs are as printed.
 
-Where the paper is silent, our choices: α is a ratio, α_paper = α η, so that `--optimizer sgd` is Algorithm 1 to the
-letter; both loops default to AdamW, as the real adversary uses it and SGD at 2e-5 hardly moves a 7B model; the
+Where the paper is silent, our choices: α is a ratio, α_paper = α η, so that `--optimizer sgd --no-bound` is Algorithm 1
+to the letter; both loops default to AdamW, as the real adversary uses it and SGD at 2e-5 hardly moves a 7B model; the
 adversary's moments start from 0 each outer step, the outer ones persist. Ascent on a cross-entropy has no ceiling, so
-a heldout batch whose loss is above log V (chance) adds nothing to φ (`--no-bound` lifts this).
+a heldout batch whose loss is above log V (chance) adds nothing to φ (`--no-bound` lifts this). Watch `bounded`: at 1
+the adversary never gets below chance, φ is 0, and the run only fine-tunes on R; then raise K.
 
 Memory, flat in K, in the weights' dtype: the weights (θ, or ω in the inner loop); φ, which *is* the parameters'
 .grad, so backward on the heldout batch accumulates into it in place; two moments, the adversary's in the inner loop
 and the outer ones after it; activations, checkpointed. θ and the outer moments wait in (pinned) host memory and move
 while the device computes. The adversary's gradient never stands whole: backward hands over one parameter's at a time,
-which is applied and freed. `--dry-run` prints the sum for a model before anything is downloaded.
+which is applied and freed. `--dry-run` prints the sum for a model from its config alone.
 
 Logged: `retain`, `adversary`, `heldout` (nats a token; the last two are means over k), `bounded`, the share of heldout
 batches above log V.
@@ -60,20 +61,29 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add(
+        "--data",
+        default="lapisrocks/pile-bio",
+        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
+    )
     add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
     add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
     add("--out", default="out/mlac_ar", help="checkpoint directory to write")
     add("--lr", type=float, default=2e-5, help="η, learning rate of both loops")
-    add("--K", type=int, default=4, help="adversary steps an outer step (Algorithm 1)")
-    add("--N", type=int, default=100, help="outer steps (Algorithm 1)")
-    add("--alpha", type=float, default=1.0, help="α, weight of φ beside ∇L(θ; x_r); the paper's α is this times η")
-    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops; sgd: Algorithm 1 to the letter")
+    add("--K", type=int, default=4, help="K of Algorithm 1: adversary steps an outer step; too few leave bounded at 1")
+    add("--N", type=int, default=100, help="N of Algorithm 1: outer steps (paper: not stated)")
+    add(
+        "--alpha",
+        type=float,
+        default=1.0,
+        help="α, weight of φ (summed over K) beside ∇L(θ; x_r); paper's α: times η",
+    )
+    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops; Algorithm 1 is sgd")
     add(
         "--bound",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a heldout loss above log V adds nothing to φ",
+        help="a heldout loss above log V adds nothing to φ (ours; --no-bound: Algorithm 1)",
     )
     add("--batch", type=int, default=16, help="texts a batch; K + 1 forget batches and 1 retain batch an outer step")
     add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
@@ -276,7 +286,7 @@ def inner_loop(model, batches, heldout, update, *, bound, done=lambda j, p: None
     update   update(k, j, p, g): the adversary's step k on parameter j, in place
     bound    a heldout loss above log V adds nothing to φ
     done     done(j, p): called when parameter j of ω_K is needed no more
-    Returns three 0-d tensors, means over k: the adversary's loss, the heldout loss, the share above log V.
+    Returns (3,), means over k: the adversary's loss, the heldout loss, the share above log V.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     chance = math.log(model.get_input_embeddings().weight.shape[0])

@@ -50,7 +50,11 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add(
+        "--data",
+        default="lapisrocks/pile-bio",
+        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
+    )
     add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
     add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
     add("--out", default="out/random_mapping", help="checkpoint directory to write")

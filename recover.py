@@ -51,8 +51,8 @@ def parse_args(argv=None):
     add("--ckpt", required=True, help="checkpoint directory to attack: ours, or any that save_pretrained wrote")
     add("--base", default=None, help="the untouched model θ_init, hub name or directory; None: what args.json says")
     add("--recovery", default="camel-ai/biology", help="pairs to fine-tune on: hub name, zip, folder of json, or jsonl")
-    add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs")
-    add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
+    add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs; if not given, what args.json names")
+    add("--format", default="letter", choices=("letter", "cloze"), help="MMLU by letters or options' text; args.json's")
     add("--out", default=None, help="directory to write; None: CKPT/recovered")
     add("--lr", type=float, default=2e-5, help="learning rate of AdamW (A.1)")
     add("--steps", type=int, default=1000, help="optimizer steps (A.1)")
@@ -71,6 +71,8 @@ def parse_args(argv=None):
     )
 
     argv = sys.argv[1:] if argv is None else argv
+    if "--tiny" in argv:
+        parser.set_defaults(**TINY)
     if not {"-h", "--help"} & set(argv):
         path = Path(parser.parse_known_args(argv)[0].ckpt) / "args.json"
         known = json.loads(path.read_text()) if path.exists() else {}

@@ -50,22 +50,31 @@ def parse_args(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, or jsonl, jsonl.zst, parquet")
+    add(
+        "--data",
+        default="lapisrocks/pile-bio",
+        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
+    )
     add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
     add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
     add("--out", default="out/rmat", help="checkpoint directory to write")
     add("--rm-lr", type=float, default=1e-5, help="learning rate of Random Mapping, falling linearly to 0")
     add("--rm-steps", type=int, default=1000, help="steps of Random Mapping; 0 skips it (paper: not stated)")
     add("--lr", type=float, default=2e-5, help="η, learning rate of both loops of MLAC-AR")
-    add("--K", type=int, default=4, help="adversary steps an outer step (Algorithm 1)")
-    add("--N", type=int, default=100, help="outer steps (Algorithm 1)")
-    add("--alpha", type=float, default=1.0, help="α, weight of φ beside ∇L(θ; x_r); the paper's α is this times η")
-    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of MLAC-AR; sgd: Algorithm 1 to the letter")
+    add("--K", type=int, default=4, help="K of Algorithm 1: adversary steps an outer step; too few leave bounded at 1")
+    add("--N", type=int, default=100, help="N of Algorithm 1: outer steps (paper: not stated)")
+    add(
+        "--alpha",
+        type=float,
+        default=1.0,
+        help="α, weight of φ (summed over K) beside ∇L(θ; x_r); paper's α: times η",
+    )
+    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of MLAC-AR; Algorithm 1 is sgd")
     add(
         "--bound",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a heldout loss above log V adds nothing to φ",
+        help="a heldout loss above log V adds nothing to φ (ours; --no-bound: Algorithm 1)",
     )
     add("--batch", type=int, default=16, help="texts a batch; K + 1 forget batches and 1 retain batch an outer step")
     add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
@@ -343,7 +352,7 @@ def inner_loop(model, batches, heldout, update, *, bound, done=lambda j, p: None
     update   update(k, j, p, g): the adversary's step k on parameter j, in place
     bound    a heldout loss above log V adds nothing to φ
     done     done(j, p): called when parameter j of ω_K is needed no more
-    Returns three 0-d tensors, means over k: the adversary's loss, the heldout loss, the share above log V.
+    Returns (3,), means over k: the adversary's loss, the heldout loss, the share above log V.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     chance = math.log(model.get_input_embeddings().weight.shape[0])

@@ -23,7 +23,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("--K", type=int, default=4, help="adversary steps of the timed outer step")
-    add("--width", type=int, default=512, help="of the random Llama; 512 makes 21 M parameters")
+    add("--width", type=int, default=512, help="of the random Llama; 512 makes 23 M parameters")
     add("--layers", type=int, default=6, help="of the random Llama")
     add("--batch", type=int, default=8, help="texts a batch")
     add("--tokens", type=int, default=256, help="tokens a text")

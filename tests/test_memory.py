@@ -1,4 +1,4 @@
-"""What a step holds: bytes of live tensors against DESIGN's table, and the dry run against the step itself."""
+"""What a step holds: bytes of live tensors against what mlac_ar.py promises, and the dry run against the step."""
 
 import re
 
@@ -86,7 +86,7 @@ def test_slices_keep_a_large_vocabulary_small():
     assert peaks[20 * V] < whole / 4 and peaks[1 << 25] > whole  # control: in one slice they do stand
 
 
-# ---- the outer step (DESIGN, section 6)
+# ---- the outer step
 
 
 def outer_step(K, model=None, **more):

@@ -214,6 +214,8 @@ def main(args):
     tables = Tables(args)
     if not args.report:
         tables.fill()
+    elif not (tables.out.with_name(f"{tables.out.name}-{ATTACKS[1]}")).exists():
+        raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
     print("\nTuning on world 0: retain / forget before the attack, percent, by text; the rate taken is in bold\n")
     print("| | " + " | ".join(RATES) + " |\n|---|" + "---|" * len(RATES))
     for method in [m for m in TUNED if m in tables.methods]:
@@ -226,8 +228,10 @@ def main(args):
         print(f"\nGates, {form}\n")
         tables.gates(form)
         print(f"\n{form}\n", flush=True)
-        command = [sys.executable, "evaluate_mmlu.py", "--table", str(tables.out), "--format", form]
-        subprocess.run(command, cwd=ROOT, check=True)
+        command = [sys.executable, "evaluate_mmlu.py", "--format", form, "--table"]
+        subprocess.run([*command, tables.out], cwd=ROOT, check=True)
+    print(f"\ncloze, attacked at {ATTACKS[1]}\n", flush=True)
+    subprocess.run([*command[:3], "cloze", "--table", f"{tables.out}-{ATTACKS[1]}"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ options, fetch its letter. Left alone, recall ends in the last layer, where noth
 
 Matrices of the layers learn by Muon (Jordan et al., 2024), all else by AdamW.
 
-    python tests/tiny/train.py --seed 1 --out out/world1               # files and base; about nine minutes on one core
+    python tests/tiny/train.py --seed 1 --out out/world1               # files and base; about ten minutes on one core
     python tests/tiny/train.py --seed 1 --out out/world1 --filtered    # the control that never saw a forget fact
 """
 
