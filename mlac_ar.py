@@ -305,19 +305,8 @@ def inner_loop(model, batches, heldout, update, *, bound, done=lambda j, p: None
 
 
 def mlac_ar(
-    model,
-    forget,
-    retain,
-    *,
-    K,
-    N,
-    lr,
-    alpha,
-    optimizer="adamw",
-    bound=True,
-    seed=0,
-    log=lambda *_, **__: None,
-):
+    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", bound=True, seed=0, log=lambda *_, **__: None
+):  # fmt: skip
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
     forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and last x_heldout
