@@ -194,7 +194,7 @@ def rounded(x, dtype, seed):
 
 
 def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
-    """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    """adamw_ of flat tensors, computed in the dtype of the 0-d size and correction: lr / (1 - β1^t) and 1 - β2^t."""
     if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
         pass
     g = g.to(size.dtype)
@@ -317,7 +317,8 @@ def main(args):
         blank = Blank(args.batch, args.tokens)
 
         def step(model):
-            random_mapping(model, blank, blank, steps=int(args.method == "high_low_lr"), lr=args.lr)
+            if args.method == "high_low_lr":
+                random_mapping(model, blank, blank, steps=1, lr=args.lr)
             baseline(model, blank, blank, method=args.method, steps=1, lr=args.lr)
 
         dry_run(args, args.model, step, copies={"gradients": 1, "AdamW's two moments": 2})
@@ -335,8 +336,9 @@ def main(args):
 
     try:
         high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
-        log = partial(run.log, phase="random_mapping")
-        random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
+        if high:
+            log = partial(run.log, phase="random_mapping")
+            random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
         baseline(
             model, forget, retain, method=args.method, steps=args.steps - high, lr=args.lr, seed=args.seed,
             log=partial(run.log, phase=args.method),

@@ -1,4 +1,4 @@
-"""What the scripts share: checkpoint directories, text to batches, MMLU, the paper's scores, the log of a run.
+"""What the scripts share: checkpoints, text to batches, MMLU, the paper's scores, a run's log and its memory foretold.
 
 No method lives here: no loss, no optimizer, no default of a hyperparameter. Sections are those of *Toward Robust
 Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a function of (seed, purpose, step) alone, so a step
@@ -340,13 +340,14 @@ def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copie
     live = LiveBytes([*model.parameters(), *model.buffers()])
     with live:
         step(model)
-    peak = live.peak - sum((host or {}).values()) * sum(sizes)
-    groups |= {rest: peak - sum(groups.values()), "peak": peak}
+    groups |= {rest: live.peak - sum(groups.values()), "peak": live.peak}
     print(f"{name} | {size / 1e6:.2f} M parameters | {str(dtype).removeprefix('torch.')}")
     for place, held in (("GPU" if gpu else "CPU", groups), ("host", away)):
         for name, n in held.items():
             print(f"{place:5}{name:50}{n / 1e9:9.3f} GB")
-    need = {"host memory": sum(away.values()) + (0 if gpu else peak) + 1e9} | ({"the GPU": peak + 1.5e9} if gpu else {})
+    need = {"host memory": sum(away.values()) + (0 if gpu else live.peak) + 1e9} | (
+        {"the GPU": live.peak + 1.5e9} if gpu else {}
+    )
     have = {
         "host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     }  # CUDA, torch take a little as well

@@ -138,7 +138,7 @@ def rounded(x, dtype, seed):
 
 
 def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
-    """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    """adamw_ of flat tensors, computed in the dtype of the 0-d size and correction: lr / (1 - β1^t) and 1 - β2^t."""
     if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
         pass
     g = g.to(size.dtype)

@@ -180,7 +180,7 @@ def rounded(x, dtype, seed):
 
 
 def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
-    """adamw_ of flat tensors in their own dtype.  size, correction: lr / (1 - β1^t) and 1 - β2^t, of no dimension."""
+    """adamw_ of flat tensors, computed in the dtype of the 0-d size and correction: lr / (1 - β1^t) and 1 - β2^t."""
     if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
         pass
     g = g.to(size.dtype)
@@ -316,13 +316,15 @@ class Host:
     """A place in host memory for each of some tensors, which move there and back while the device computes.
 
     On a GPU the memory is pinned and a stream of its own moves: save(j) and load(j) begin when what was queued before
-    them is done, and what is queued after wait(j) begins when tensor j has moved. On the CPU they are plain copies.
+    them is done, and what is queued after wait(j) begins when tensor j has moved. On the CPU they are plain copies; on
+    the meta device, where a dry run counts what the device holds, nothing moves.
     """
 
     def __init__(self, tensors):
         self.tensors, self.stream, self.moved = tensors, torch.cuda.Stream() if tensors[0].is_cuda else None, {}
-        place = "meta" if tensors[0].is_meta else "cpu"
-        self.copies = [torch.zeros_like(x, device=place, pin_memory=x.is_cuda) for x in tensors]
+        self.copies = tensors
+        if not tensors[0].is_meta:
+            self.copies = [torch.zeros_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
 
     def move(self, j, target, source):
         if self.stream is None:
@@ -442,14 +444,16 @@ def main(args):
         moments = 2 * (args.optimizer == "adamw")
 
         def step(model):
-            random_mapping(model, batch(args.batch), batch(args.batch), steps=min(args.rm_steps, 1), lr=args.rm_lr)
+            if args.rm_steps:
+                random_mapping(model, batch(args.batch), batch(args.batch), steps=1, lr=args.rm_lr)
             mlac_ar(
                 model, batch((K + 1) * args.batch), batch(args.batch), K=K, N=1, lr=args.lr, alpha=args.alpha,
                 optimizer=args.optimizer,
             )  # fmt: skip
 
         dry_run(
-            args, args.model, step, copies={"gradients, φ (.grad)": 1, "two moments of the loop at work": moments},
+            args, args.model, step,
+            copies={"gradients, φ (.grad)": 1, "two moments of the loop at work": 2 if args.rm_steps else moments},
             host={"θ": 1, "two moments of the outer loop": moments},
         )  # fmt: skip
     run = Run(args)
@@ -465,8 +469,9 @@ def main(args):
         model.activation_checkpointing_enable({"use_reentrant": False})
 
     try:
-        log = partial(run.log, phase="random_mapping")
-        random_mapping(model, forget, retain, steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, log=log)
+        if args.rm_steps:
+            log = partial(run.log, phase="random_mapping")
+            random_mapping(model, forget, retain, steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, log=log)
         mlac_ar(
             model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
             bound=args.bound, seed=args.seed, log=partial(run.log, phase="mlac_ar"),

@@ -179,6 +179,15 @@ def test_the_dry_run_foretells_the_peak(tmp_path, capsys):
             lambda m, x: M.mlac_ar(m, Full(30, 48, 30000), x, K=4, N=2, lr=1e-3, alpha=1),
             3,
         ),
+        "rmat_sgd": (  # Random Mapping's moments are the peak: MLAC-AR with SGD has none
+            rmat,
+            (*from_toy, "--optimizer", "sgd"),
+            lambda m, x: (
+                R.random_mapping(m, x, x, steps=2, lr=1e-3),
+                M.mlac_ar(m, Full(30, 48, 30000), x, K=4, N=2, lr=1e-3, alpha=1, optimizer="sgd"),
+            ),
+            0,
+        ),
     }
     for name, (module, flags, step, host) in cases.items():
         foretold, found = predicted(module, capsys, *flags), measured(step, host)
