@@ -345,11 +345,9 @@ def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copie
     for place, held in (("GPU" if gpu else "CPU", groups), ("host", away)):
         for name, n in held.items():
             print(f"{place:5}{name:50}{n / 1e9:9.3f} GB")
-    need = {"host memory": sum(away.values()) + (0 if gpu else live.peak) + 1e9}
+    need = {"host memory": sum(away.values()) + (0 if gpu else live.peak) + 1e9}  # and what torch and CUDA take
     need |= {"the GPU": live.peak + 1.5e9} if gpu else {}
-    have = {
-        "host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    }  # CUDA, torch take a little as well
+    have = {"host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
     if gpu and torch.cuda.is_available():
         have["the GPU"] = torch.cuda.get_device_properties(0).total_memory
     elif gpu:
