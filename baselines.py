@@ -1,89 +1,84 @@
-"""The baselines of Table 1: Min Posterior, Max Entropy, High/Low LR (Section 3.3).
+"""The baselines of Table 1 (Section 3.3 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
-    min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  next-token loss on x_r
-    max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  next-token loss on x_r
+Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
+(recover.py). The paper's baselines hide F, and it comes back.
+
+    min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  L(θ; x_r)
+    max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  L(θ; x_r)
     high_low_lr     the first fifth of the steps: Random Mapping (3.4) at 10 lr; then, with a fresh optimizer,
-                    loss = next-token loss on x_f  +  next-token loss on x_r
+                    loss = L(θ; x_f)  +  L(θ; x_r)
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
-At the defaults high_low_lr is 3.3's 100 steps at 1e-4 and 400 at 1e-5, each rate falling to 0. It ends in plain
-fine-tuning on the forget set, so it hides nothing that a loss on that text would show: the claim was that a high rate
-first leaves the basin the knowledge sat in. Where the paper is silent, our choices: in min_posterior tokens with log p
-below -15 contribute nothing (they are forgotten, and their gradient is noise); pads are left out; the losses weigh 1 to
-1; 500 steps and lr 1e-5 for the other two; AdamW without weight decay, its learning rate falls linearly to 0 in each
-phase, as in random_mapping.py. random_mapping stands here word for word as in its own file.
+θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy. Where the paper is silent, our
+choices:
 
-Memory: weights, one gradient and two moments, all in the weights' dtype, and activations, checkpointed.
+1) Min Posterior: tokens with log p below -15 contribute nothing; they are forgotten, and their gradient is
+   noise.
+2) High/Low LR: 3.3's 100 steps at 1e-4 and 400 at 1e-5, each rate falling linearly to 0. It ends in
+   fine-tuning on F, so a loss on such text would find nothing hidden.
+3) The two losses have equal weight; pads are masked out; 500 steps at 1e-5 for the other two; AdamW without
+   weight decay, its learning rate falls linearly to 0 (in random_mapping, which is word for word that of its
+   file, too).
 
-Logged: `forget`, the loss on forget text (min_posterior and fine-tuning: nats a token; max_entropy: minus the entropy,
-nats, at least -log V; in phase random_mapping: 0 to 2); `retain`, nats a token.
+Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations.
 
-    python baselines.py --method max_entropy --tiny     # the miniature on a laptop -> out/max_entropy
-    python baselines.py --method high_low_lr            # Llama-2-7b-chat on one 80 GB GPU -> out/high_low_lr
+Metrics: `forget`, the loss on x_f (min_posterior and high_low_lr: nats per token; max_entropy: minus the
+entropy, at least -log V; phase random_mapping: 0 to 2); `retain`, L(θ; x_r) in nats per token. Healthy:
+forget falls, retain stays near its first value. Sick: retain rises (lr too large).
+
+    python baselines.py --method max_entropy --tiny   # the miniature, 90 s on a laptop   -> out/max_entropy
+    python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
+
+A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its
+line in LOSSES.
 """
 
 import argparse
 import sys
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 METHODS = ("min_posterior", "max_entropy", "high_low_lr")
-WORLD = Path(__file__).parent / "tests" / "tiny" / "world0"
-TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (tests/tiny/README.md)
-    "model": str(WORLD / "base"),
-    "data": str(WORLD / "chunks.jsonl"),
-    "mmlu": str(WORLD / "mmlu"),
-    "format": "cloze",
-    "steps": 200,
-    "batch": 24,
-    "tokens": 208,
-    "log_every": 50,
-}
-TINY_LR = {"min_posterior": 1e-2, "max_entropy": 1e-2, "high_low_lr": 3e-3}
+WORLD = Path(__file__).parent / "tests/tiny/world0"
+# fmt: off
+TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
+    model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
+    steps=200, batch=24, tokens=208, log_every=50,
+)
+TINY_LR = dict(min_posterior=1e-2, max_entropy=1e-2, high_low_lr=3e-3)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="The baselines of Table 1 (Section 3.3): Min Posterior, Max Entropy, High/Low LR.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
     add("--method", default="min_posterior", choices=METHODS, help="which baseline (3.3)")
-    add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add(
-        "--data",
-        default="lapisrocks/pile-bio",
-        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
-    )
-    add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
-    add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
+    add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
+    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
-    add(
-        "--lr",
-        type=float,
-        default=1e-5,
-        help="rate of AdamW, falling to 0; high_low_lr begins at ten times this",
-    )
-    add("--steps", type=int, default=500, help="optimizer steps (3.3 for high_low_lr, else paper: not stated)")
-    add("--batch", type=int, default=16, help="texts a step of each set (paper: not stated)")
-    add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
-    add("--seed", type=int, default=0, help="of the order of the data, the targets and the rounding")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
-    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--lr", type=float, default=1e-5, help="falling linearly to 0; high_low_lr starts at 10 times it")
+    add("--steps", type=int, default=500, help="optimizer steps (3.3; others: not stated)")
+    add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
+    add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
+    add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
-    add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
+    add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
+    add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY, lr=TINY_LR[parser.parse_known_args(argv)[0].method])
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.method}"
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
-        parser.error("--batch and --log-every start at 1, --steps and --tokens at 2, and --lr lies between 0 and 0.1")
+        parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
+    if args.dry_run:
+        args.steps = 2  # high_low_lr: one of each phase; more steps hold no more
     return args
+# fmt: on
 
 
 if __name__ == "__main__":
@@ -91,29 +86,25 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from common import (
-    Blank, Run, Stream, decoder_layers, dry_run, generator, load_chunks, load_mmlu, load_model, logits, read_args,
-    score_mmlu, seed_of, show_scores, write_scores,
-)  # fmt: skip
+from common import AdamW, Run, check_finite, generator, next_token_loss, residual_streams, token_mean
 
 
 def min_posterior_loss(logits, targets, floor=-15.0):
-    """-log(1 - p) of each token (n,) (3.3). Nats, at least 0; 0 where nothing right is expected.
+    """-log(1 - p) of each token, (n,) nats, at least 0 (3.3).
 
     logits   (n, V) float32
     targets  (n,), the tokens that came
-    floor    a token whose log p is below it is forgotten: it contributes 0
+    floor    a token whose log p is below it contributes 0
     """
     total = logits.logsumexp(-1)
     log_p = logits.gather(-1, targets[:, None]).squeeze(-1) - total
-    others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)  # 1 - p is their share: exact near p = 1
+    others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)  # exact near p = 1
     return (total - others) * (log_p >= floor)
 
 
 def max_entropy_loss(logits, targets=None):
-    """Minus the entropy of each next-token posterior (n,) (3.3), whatever came. Nats, from -log V (uniform) to 0.
+    """Minus the entropy of each next-token posterior, (n,) nats, from -log V (uniform) to 0 (3.3).
 
     logits  (n, V) float32
     """
@@ -121,221 +112,86 @@ def max_entropy_loss(logits, targets=None):
     return (log_p.exp() * log_p).sum(-1)
 
 
-@contextmanager
-def residual_streams(model):
-    """Inside, every forward pass appends the outputs (B, T, D) of its decoder layers to the list H (3.4).
+LOSSES = {"min_posterior": min_posterior_loss, "max_entropy": max_entropy_loss}
 
-    Hooks come off at the end: left on, they would keep every later pass's streams in memory.
+
+def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_, **__: None):
+    """A baseline (3.3) of `model`, in place: a loss on F and the next-token loss on R.
+
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    method          a key of LOSSES; any other, "high_low_lr": the next-token loss, its second phase
+    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    seed, log       of the rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    H = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if isinstance(out, tuple) else out))
-        for layer in decoder_layers(model)
-    ]
-    try:
-        yield H
-    finally:
-        for hook in hooks:
-            hook.remove()
+    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    forget_loss = partial(token_mean, loss=LOSSES[method]) if method in LOSSES else next_token_loss
+    model.train()
+    for i in range(1, steps + 1):
+        loss_f = forget_loss(model, *forget[i - 1])
+        loss_f.backward()
+
+        loss_r = next_token_loss(model, *retain[i - 1])
+        check_finite(i, loss_f, loss_r)
+        loss_r.backward()  # .grad = ∇(forget loss + L(θ; x_r))
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "baseline", i)  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
 
 
 def random_targets(model, seed):
-    """r: one Gaussian direction a token id, (V, D), drawn once from its own seed and shared by all layers (3.4)."""
+    """r: a Gaussian vector for each token id, (V, D), drawn once from its own seed; all layers share it
+    (3.4)."""
     V, D = model.get_input_embeddings().weight.shape
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
 
-def mapping_loss(H, r, mask):
-    """1 - cos(H_l, r), mean over tokens, then over layers (3.4). 0 on target, 1 unrelated, 2 opposite.
+def mapping_loss(H, targets, mask):
+    """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    H     L streams (B, T, D)
-    r     (B, T, D), a target a position
-    mask  (B, T), true on tokens; the first position (BOS) is left out: it is the same in every text
+    H        L streams (B, T, D)
+    targets  (B, T, D), r of each position's token
+    mask     (B, T), true on tokens; the first position (BOS) is left out
     """
     mask = mask[:, 1:]
     losses = []
     for h in H:
-        distance = 1 - F.cosine_similarity(h[:, 1:].float(), r[:, 1:].float(), dim=-1)  # (B, T - 1)
+        distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
         losses.append((distance * mask).sum() / mask.sum())
     return torch.stack(losses).mean()
-
-
-def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="none"), at_once=1 << 25):
-    """L(θ; x): cross-entropy of the next token, nats, mean over the unmasked tokens of the batch.
-
-    ids      (B, T) int64
-    mask     (B, T), true on tokens
-    loss     loss(logits (n, V) float32, targets (n,)) -> (n,), what is averaged
-    at_once  logits held at a time: made slice by slice, and again in backward. Whole, those of 16 x 256 tokens over a
-             vocabulary of 128 k are 2 GB, several times over
-    """
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens a slice
-
-    def part(h, targets, keep):
-        return loss(logits(model, h), targets).masked_fill(~keep, 0).sum()
-
-    slices = zip(*(x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])))
-    sums = [checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in slices]
-    return torch.stack(sums).sum() / mask[:, 1:].sum()
-
-
-def rounded(x, dtype, seed):
-    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an
-    update of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32
-    (Wellons, 2018)."""
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
-    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ (h >> 15 & 0x1FFFF)) * -0x7B935975
-    noise = (h ^ h >> 16) & 0xFFFF  # bf16 is the upper half of float32: add noise below, cut the lower half off
-    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(dtype)
-
-
-def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
-    """adamw_ of flat tensors, computed in the dtype of the 0-d size and correction: lr / (1 - β1^t) and 1 - β2^t."""
-    if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
-        pass
-    g = g.to(size.dtype)
-    m_ = m.to(g.dtype).lerp_(g, 1 - betas[0])
-    v_ = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    p_ = p.to(g.dtype).addcdiv_(m_, (v_ / correction).sqrt_().add_(eps).div_(size), value=-1)
-    for old, new, seed in zip((p, m, v), (p_, m_, v_), seeds):
-        old.copy_(rounded(new, old.dtype, seed))
-
-
-@cache
-def compiled(rule):
-    """An update rule as one kernel for flat tensors of any length: one pass over memory where torch takes twenty."""
-    return torch.compile(rule, dynamic=True)
-
-
-@torch.no_grad()
-def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
-    """Step t (from 1) of AdamW without weight decay, in place (Loshchilov & Hutter, 2019).
-
-    p, g, m, v  weight, gradient and moments, of one shape; computed in float32 or wider, stored as `rounded` has it
-    key         of the rounding
-    """
-    rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # a float would be compiled in
-    size, correction = scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t)
-    for n, part in enumerate(zip(*(x.view(-1).split(1 << 24) for x in (p, g, m, v)))):  # what stands wide is small
-        rule(*part, size, correction, betas, eps, [seed_of(*key, n, name) >> 33 for name in "pmv"])
-
-
-def peek(loss):
-    """A loss on its way to the host, and the event of its arrival: who looks at it waits for nothing queued later."""
-    if not loss.is_cuda:
-        return loss.detach(), None
-    seen, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record()
-    return seen, event
-
-
-def check_finite(seen, event, step):
-    """Raises FloatingPointError, before anything is updated, if the loss of this step, from peek, is no number."""
-    if event:
-        event.synchronize()
-    if not seen.is_meta and not torch.isfinite(seen):
-        raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
     """Random Mapping (3.4) of `model`, in place.
 
-    forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
-    steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
-    seed            of targets and rounding
-    log             called as log(i, steps, forget=loss, retain=loss)
-    Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    targets = random_targets(model, seed)
+    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    r = random_targets(model, seed)  # (V, D)
     model.train()
     for i in range(1, steps + 1):
         ids, mask = forget[i - 1]
         with residual_streams(model) as H:
             model.base_model(input_ids=ids, use_cache=False)
-        loss_f = mapping_loss(H, targets[ids], mask)
+        loss_f = mapping_loss(H, r[ids], mask)
         loss_f.backward()
         del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
-        seen = peek(loss_f + loss_r)
-        loss_r.backward()  # .grad = ∇(mapping loss + retain loss)
-
-        check_finite(*seen, i)
-        now = lr * (1 - (i - 1) / steps)
-        for j, p in enumerate(params):
-            if p.grad is not None:  # the output head has none of a mapping loss, but has one of the retain loss
-                adamw_(p, p.grad, m[j], v[j], i, now, seed, "random_mapping", i, j)  # θ ← AdamW(θ, ∇loss)
-                p.grad = None
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
-
-
-def forget_loss(method, model, ids, mask):
-    """The method's loss on forget text (3.3); for high_low_lr that of its second phase, plain fine-tuning."""
-    losses = {"min_posterior": min_posterior_loss, "max_entropy": max_entropy_loss}
-    return next_token_loss(model, ids, mask, *([losses[method]] if method in losses else []))
-
-
-def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_, **__: None):
-    """A baseline's loss on F and the next-token loss on R (3.3), `model` in place.
-
-    forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
-    method          "min_posterior", "max_entropy", or the second phase of "high_low_lr"
-    steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
-    seed            of the rounding
-    log             called as log(i, steps, forget=loss, retain=loss)
-    Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    model.train()
-    for i in range(1, steps + 1):
-        loss_f = forget_loss(method, model, *forget[i - 1])
-        loss_f.backward()
-
-        loss_r = next_token_loss(model, *retain[i - 1])
-        seen = peek(loss_f + loss_r)
-        loss_r.backward()  # .grad = ∇(forget loss + retain loss)
-
-        check_finite(*seen, i)
-        now = lr * (1 - (i - 1) / steps)
-        for j, p in enumerate(params):
-            if p.grad is not None:
-                adamw_(p, p.grad, m[j], v[j], i, now, seed, "baseline", i, j)  # θ ← AdamW(θ, ∇loss)
-                p.grad = None
+        check_finite(i, loss_f, loss_r)
+        loss_r.backward()  # .grad = ∇(mapping loss + L(θ; x_r))
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
         log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
 
 
 def main(args):
-    if args.dry_run:
-        blank = Blank(args.batch, args.tokens)
-
-        def step(model):
-            if args.method == "high_low_lr":
-                random_mapping(model, blank, blank, steps=1, lr=args.lr)
-            baseline(model, blank, blank, method=args.method, steps=1, lr=args.lr)
-
-        dry_run(args, args.model, step, copies={"gradients": 1, "AdamW's two moments": 2})
     run = Run(args)
-    mmlu = load_mmlu(args.mmlu) if args.mmlu else None
-    texts_f, texts_r = load_chunks(args.data)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    stream = partial(
-        Stream, tokenizer=tokenizer, size=args.batch, length=args.tokens, seed=args.seed, device=model.device
-    )
-    forget, retain = stream(texts_f, purpose="forget"), stream(texts_r, purpose="retain")
-    run.open(model, tokens=2 * args.batch * args.tokens)
-    if model.device.type == "cuda":
-        model.activation_checkpointing_enable({"use_reentrant": False})
-
-    try:
-        high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
+    model = run.load(args.model)
+    forget, retain = run.streams(forget=args.batch, retain=args.batch)
+    high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
+    with run.training(tokens=2 * args.batch * args.tokens):
         if high:
             log = partial(run.log, phase="random_mapping")
             random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
@@ -343,15 +199,7 @@ def main(args):
             model, forget, retain, method=args.method, steps=args.steps - high, lr=args.lr, seed=args.seed,
             log=partial(run.log, phase=args.method),
         )  # fmt: skip
-    except FloatingPointError as error:
-        run.rescue(model, tokenizer, error)
-
-    base = read_args(args.model).get("base", args.model)
-    run.save(model, tokenizer, parent=args.model, base=base, data=args.data, mmlu=args.mmlu, tiny=args.tiny)
-    if mmlu:
-        summary, answers = score_mmlu(model, tokenizer, mmlu, args.format)
-        write_scores(args.out, summary, answers)
-        print(show_scores(summary))
+    run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")
 
 

@@ -1,11 +1,16 @@
-"""What the scripts share: checkpoints, text to batches, MMLU, the paper's scores, a run's log and its memory foretold.
+"""What PyTorch and Hugging Face would give if they had it, shared by all scripts. In sections:
 
-No method lives here: no loss, no optimizer, no default of a hyperparameter. Sections are those of *Toward Robust
-Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a function of (seed, purpose, step) alone, so a step
-does not depend on how many draws came before it.
+    runs and checkpoints   load_model, write_json, Run (directory, log, dry run)
+    data                   read_rows, load_chunks, Stream
+    loss and streams       next_token_loss, token_mean, residual_streams
+    optimizer for bf16     AdamW and SGD (step, in_backward), HostCopy, check_finite
+    log-probabilities      log_probs, score_rows
+
+No method is here: no loss of one, no hyperparameter, no flag. 3.2, A.1 and so on are sections of *Toward
+Robust Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a function of (seed, purpose,
+step), not of earlier draws.
 """
 
-import csv
 import hashlib
 import json
 import logging
@@ -19,31 +24,26 @@ import sys
 import sysconfig
 import time
 import weakref
-import zipfile
-from collections import Counter
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
+
+# Pinned blocks above 16 MB get their exact size, not the next power of two. Torch reads this at first use.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_cached_size_mb:16")
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
 from transformers.utils import logging as hf_logging
 
-FORGET = (
-    "high_school_biology",
-    "college_biology",
-)  # the forget subjects; the retain set is every other one (A.1)
-SUBJECTS = """abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology
-college_chemistry college_computer_science college_mathematics college_medicine college_physics computer_security
-conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts
-high_school_biology high_school_chemistry high_school_computer_science high_school_european_history
-high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics
-high_school_microeconomics high_school_physics high_school_psychology high_school_statistics high_school_us_history
-high_school_world_history human_aging human_sexuality international_law jurisprudence logical_fallacies
-machine_learning management marketing medical_genetics miscellaneous moral_disputes moral_scenarios nutrition
-philosophy prehistory professional_accounting professional_law professional_medicine professional_psychology
-public_relations security_studies sociology us_foreign_policy virology world_religions""".split()
+# ---- runs and checkpoints ------------------------------------------------------------------------------
 
 
 def fail(message):
@@ -52,20 +52,16 @@ def fail(message):
     raise SystemExit(2)
 
 
-def hush():
-    """Keeps the libraries' own warnings and retries off the screen: a fault is one line, and it is ours."""
+def configure_libraries():
+    """Silences the libraries; disables transformers' packed-sequence check, which forces a device sync."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-
-
-def never_packed():
-    """Spares transformers its look, at every pass, for several texts packed in a row: it would wait for the device."""
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def seed_of(*key):
-    """A 63-bit seed from a key such as (seed, purpose, step): the same on every machine and in every process."""
+    """A 63-bit seed from a key such as (seed, purpose, step), the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -75,106 +71,132 @@ def generator(device, *key):
     return None if meta else torch.Generator(device).manual_seed(seed_of(*key))
 
 
-# ---- checkpoint directories ------------------------------------------------------------------------------------------
+def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
+    """A causal language model, in eval mode, and its tokenizer; one that cannot be used ends the program.
 
-
-def load_model(name, dtype="auto", device="auto", flag="--model"):
-    """A causal language model and its tokenizer from a checkpoint directory or the hub; one line if they are unfit.
-
-    name    a directory that save_pretrained wrote (ours or anyone's), or a hub name
-    dtype   "auto" is bfloat16 on a GPU and float32 on the CPU; or a torch dtype's name
-    device  "auto" is the GPU if there is one; a model of over 2 G parameters then needs one
-    flag    the flag that named it, for the message
+    name    checkpoint directory (ours or any that save_pretrained wrote) or hub name
+    dtype   "auto": bfloat16 on a GPU, float32 on the CPU; or a torch dtype's name
+    device  "auto": the GPU if there is one (models above 2 G parameters need one); or a torch device's name
+    flag    that named the model, for messages
+    meta    only the config is read: the model is on the meta device, and there is no tokenizer
     """
-    hush()
-    never_packed()
-    local = Path(name).is_dir()
-    if local and not (Path(name) / "config.json").exists():
-        fail(f"{flag} {name}: no config.json, so no finished checkpoint; run the script that writes it (again)")
+    configure_libraries()
+    local, has_gpu = Path(name).is_dir(), torch.cuda.is_available()
     if not local and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
+    if local and not (Path(name) / "config.json").exists():
+        fail(f"{flag} {name}: no config.json, so no finished checkpoint; run its script (again)")
+    where = torch.device(("cuda" if has_gpu else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not has_gpu and not meta:
         fail(f"--device {device}: no GPU is visible here; use --device cpu, or --tiny for the miniature")
-    precision = {"auto": torch.float32 if where.type == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    if where.index and has_gpu:
+        torch.cuda.set_device(where)  # where streams and events are made
     try:
-        config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if size > 2e9 and device == "auto" and where.type == "cpu":
-            fail(
-                f"{flag} {name}: {size / 1e9:.1f} G parameters want a GPU and none is here; use --tiny, or --device cpu"
-            )
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.bfloat16)
+        if large := (model.num_parameters() > 2e9 and device == "auto" and not has_gpu):
+            where = torch.device("cuda")
+        dtype = getattr(torch, dtype if dtype != "auto" else "float32" if where.type == "cpu" else "bfloat16")
+        if meta:
+            return model.to(dtype), where
+        if large:
+            size = f"{model.num_parameters() / 1e9:.1f} G parameters"
+            fail(f"{flag} {name}: {size} need a GPU and none is visible; use --device cpu, or --tiny")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=precision, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds; one line for each
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        remedy = (
-            "is the download complete? a checkpoint is config.json, model*.safetensors and the tokenizer's files"
-            if local
-            else "no such directory here; for a hub model accept its licence on its page and run `hf auth login`"
-        )
-        fail(f"{flag} {name}: cannot be loaded ({reason}); {remedy}")
-    if info["missing_keys"]:
-        fail(f"{flag} {name}: {len(info['missing_keys'])} weights are missing, such as {min(info['missing_keys'])}")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        fail(
-            f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, the model fewer; use the model's own tokenizer"
-        )
+        more = {"use_safetensors": True, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
+    except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds
+        remedy = "no such directory; for a hub model accept its licence on its page and run `hf auth login`"
+        if local:
+            remedy = "is the download complete? it needs config.json, model*.safetensors, a tokenizer"
+        fail(f"{flag} {name}: cannot be loaded ({error!r:.200}); {remedy}")
+    if lacking := info["missing_keys"]:
+        fail(f"{flag} {name}: {len(lacking)} weights missing ({min(lacking)}, ...); complete the download")
+    if len(tokenizer) > (V := model.get_input_embeddings().weight.shape[0]):
+        fail(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, the model {V}; use the model's own")
     model.to(where)
-    for key, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            fail(f"{flag} {name}: {key} holds NaN or infinity; take the checkpoint before it")
+    if bad := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
+        fail(f"{flag} {name}: {bad[0]} contains NaN or infinity; use an earlier checkpoint")
     return model.eval(), tokenizer
 
 
-def decoder_layers(model):
-    """The decoder layers, first to last: the one ModuleList as long as the config says the model is deep.
-
-    Llama, Mistral, Qwen and Gemma call it model.layers, GPT-NeoX gpt_neox.layers. Their outputs are the residual
-    stream; the last entry of `hidden_states` is not (it is taken after the final norm).
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return module
-    fail(f"{type(model).__name__}: no list of {depth} decoder layers found; Llama-like and GPT-NeoX models have one")
+def write_json(path, value):
+    """Writes `value` completely or not at all."""
+    draft = Path(path).with_suffix(".draft")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.replace(path)
 
 
-def read_args(ckpt):
-    """args.json of a checkpoint directory, {} if it has none (a checkpoint that another program wrote)."""
-    path = Path(ckpt) / "args.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def peak_bytes():
+    """Peak bytes so far: GPU memory allocated if there is a GPU, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
-    """A run's directory: metrics.jsonl while it goes, weights and at the very end args.json when it is done.
+    """One run of a script: loads model and data, keeps the log, writes the checkpoint directory args.out.
 
-    args   parsed arguments; args.out is the directory. A finished run (args.json) there ends the program.
+    args  parsed flags; read here: out, data, tokens, seed, dtype, device, log_every, dry_run, tiny
+
+    With args.dry_run the same calls run the script on the meta device (tensors with shapes and no data)
+    while its memory is counted: `training` prints it and ends the program.
     """
 
     def __init__(self, args):
-        self.args, self.out, self.start = args, Path(args.out), time.time()
-        if (self.out / "args.json").exists():
-            fail(f"--out {self.out} holds a finished run; choose another --out, or delete that directory first")
+        self.args, self.out, self.start, self.clock = args, Path(args.out), time.time(), {}
+        self.live, self.between, self.texts = None, 0, None
+        if (self.out / "args.json").exists() and not args.dry_run:
+            fail(f"--out {self.out} is a finished run; choose another --out, or delete that directory first")
         if self.out.exists() and not self.out.is_dir():
             fail(f"--out {self.out} is a file; choose a directory")
         if torch.cuda.is_available() and args.device != "cpu":
             header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-            if not header.exists() or not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-                fail("the update rule is compiled for the GPU and finds no C compiler or no Python.h; "
-                     "install them (Debian: apt install gcc python3-dev)")  # fmt: skip
+            compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
+            if not header.exists() or not any(compilers):  # the update rule is compiled for the GPU
+                fail("no C compiler or no Python.h; install them (Debian: apt install gcc python3-dev)")
 
-    def open(self, model, tokens):
-        """Checks the disk, makes the directory, prints what runs where.  tokens: tokens a step, for the print."""
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
-        if shutil.disk_usage(there).free < 1.05 * size:
-            fail(
-                f"--out {self.out}: the checkpoint takes {size / 1e9:.1f} GB and the disk has less; free some, or move"
-            )
+    def load(self, name, flag="--model"):
+        """The model of a checkpoint directory or hub name, with activation checkpointing on a GPU."""
+        facts, args, self.name = Path(name) / "args.json", self.args, name
+        self.base = json.loads(facts.read_text()).get("base", name) if facts.exists() else name
+        self.model, found = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
+        self.tokenizer, self.place = (None, found.type) if args.dry_run else (found, self.model.device.type)
+        if self.place == "cuda":
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self.model
+
+    def streams(self, **sizes):
+        """Streams of args.data's chunks: streams(forget=8, retain=4) are two, of 8 and 4 texts per batch."""
+        if self.texts is None and not self.args.dry_run:
+            self.texts = dict(zip(("forget", "retain"), load_chunks(self.args.data)))
+        return [self.stream(self.texts and self.texts[purpose], n, purpose) for purpose, n in sizes.items()]
+
+    def stream(self, texts, batch, purpose):
+        """A Stream of `texts` in batches of `batch`; in a dry run the same meta tensors at every step."""
+        args, more = self.args, {"purpose": purpose, "device": self.model.device}
+        if not args.dry_run:
+            return Stream(texts, self.tokenizer, batch=batch, tokens=args.tokens, seed=args.seed, **more)
+        ids = torch.empty(batch, args.tokens, dtype=torch.int64, device="meta")
+        return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
+
+    @contextmanager
+    def training(self, tokens, checkpoints=1):
+        """Around the training: makes the directory and prints what runs where. A dry run ends here, and so
+        does a run whose loss is NaN or infinite, with the last good weights in OUT/last_good.
+
+        tokens       per step, to be printed
+        checkpoints  models that will be written, to check the disk
+        """
+        if self.args.dry_run:
+            HostCopy.reserved = 0
+            with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as self.live:
+                yield
+            raise SystemExit(self.report())
+        there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        if shutil.disk_usage(there).free < (need := 1.05 * checkpoints * self.size):
+            fail(f"--out {self.out}: the disk has less than {need / 1e9:.1f} GB; free some, or use another")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             for stale in self.out.glob("mmlu*.json*"):  # of a run that was cut off
@@ -182,105 +204,111 @@ class Run:
             (self.out / "metrics.jsonl").write_text("")
         except OSError as error:
             fail(f"--out {self.out}: cannot be written ({error.strerror}); choose another directory")
-        p = next(model.parameters())
-        self.device, self.dtype, self.clock = p.device, str(p.dtype).removeprefix("torch."), {}
-        self.idle = time.time()  # since when the next phase may have been running
-        print(
-            f"{self.device} | {self.dtype} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters | "
-            f"{tokens} tokens a step | writes {self.out}",
-            flush=True,
-        )
+        where = f"{self.model.device} | {tokens} tokens per step | writes {self.out}"
+        print(f"{self.describe()} | {where}", flush=True)
+        self.last = time.time()
+        try:
+            yield
+        except FloatingPointError as error:
+            self.model.save_pretrained(self.out / "last_good")
+            self.tokenizer.save_pretrained(self.out / "last_good")
+            fail(f"{error}; the weights before that step are in {self.out / 'last_good'}; try a smaller --lr")
+
+    def describe(self):
+        dtype, n = str(self.model.dtype).removeprefix("torch."), self.model.num_parameters()
+        return f"{self.name} | {n / 1e6:.2f} M parameters | {dtype}"
 
     def log(self, step, steps, phase="step", **values):
-        """Every --log-every steps, and at the last: one object in metrics.jsonl, one line on the screen.
+        """Every --log-every steps and at the last one: an object in metrics.jsonl and a line on the screen.
 
-        values  scalars or 0-d tensors; fetched from the device here and only here
+        values  numbers or 0-d tensors; copied from the device here and only here
         """
-        first, start = self.clock.setdefault(phase, (step - 1, self.idle))
-        self.idle = time.time()
+        if self.live:
+            self.between = max(self.between, self.live.now)
+            return
+        first, start = self.clock.setdefault(phase, (step - 1, self.last))
+        self.last = time.time()
         if step % self.args.log_every and step != steps:
             return
         values = {k: float(v) for k, v in values.items()}
-        pace = (time.time() - start) / max(step - first, 1)
         self.write(phase=phase, step=step, **values)
-        shown = " | ".join(f"{k} {v:.3f}" for k, v in values.items())
-        eta = pace * (steps - step)
-        eta = f"{eta / 60:.0f} min" if eta >= 90 else f"{eta:.0f} s"
-        print(
-            f"{phase} {step}/{steps} | {shown} | {pace:.2f} s/step | {peak_bytes() / 1e9:.1f} GB | eta {eta}",
-            flush=True,
-        )
+        shown, gb = " | ".join(f"{k} {v:.3f}" for k, v in values.items()), peak_bytes() / 1e9
+        pace = (time.time() - start) / max(step - first, 1)
+        eta = f"{eta / 60:.0f} min" if (eta := pace * (steps - step)) >= 90 else f"{eta:.0f} s"
+        print(f"{phase} {step}/{steps} | {shown} | {pace:.2f} s/step | {gb:.1f} GB | eta {eta}", flush=True)
 
     def write(self, **values):
         """Appends one object, with the seconds since the start, to metrics.jsonl."""
         with open(self.out / "metrics.jsonl", "a") as f:
             f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def save(self, model, tokenizer, **facts):
-        """Writes weights, tokenizer and last args.json, whose presence says that the run is whole.
+    def save(self, phase="", **facts):
+        """Writes weights, tokenizer and, last, args.json: it says that the checkpoint is complete.
 
-        facts  parent, base, data ...: what later stages need to know (script, arguments, versions are added)
+        phase  name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
+        facts  what later stages need to know, beside what is listed below
         """
-        write_model(model, tokenizer, self.out)
+        if self.args.dry_run:
+            return
+        folder = self.out / phase
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        device = torch.cuda.get_device_name() if self.place == "cuda" else platform.machine() + " cpu"
         facts = {
-            "script": Path(sys.argv[0]).name,
-            "arguments": {k: v for k, v in vars(self.args).items()},
-            **facts,
-            "seed": self.args.seed,
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine() + " cpu",
-            "dtype": self.dtype,
-            "versions": {m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy") if m in sys.modules},
-            "seconds": round(time.time() - self.start, 1),
-            "peak_bytes": peak_bytes(),
-        }
-        write_json(self.out / "args.json", facts)
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": dict(vars(self.args)),
+            "parent": self.name, "base": self.base, **facts, "tiny": self.args.tiny, "seed": self.args.seed,
+            "device": device, "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
+        }  # fmt: skip
+        write_json(folder / "args.json", facts)
 
-    def rescue(self, model, tokenizer, error):
-        """After a loss that is no number: writes the last good weights beside the run and ends the program."""
-        write_model(model, tokenizer, self.out / "last_good")
-        fail(f"{error}; the weights before it are in {self.out / 'last_good'}; try a smaller --lr")
-
-
-def write_model(model, tokenizer, folder):
-    """save_pretrained of both: safetensors that transformers, vLLM and lm-evaluation-harness load."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_json(path, value):
-    """Writes `value` whole or not at all."""
-    draft = Path(path).with_suffix(".draft")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)
+    def report(self):
+        """Prints what a dry run counted; returns the exit status, 1 if it does not fit."""
+        gpu, peak, host = self.place == "cuda", self.live.peak, HostCopy.reserved
+        have = {"host memory": memory_limit(), "GPU": 0}
+        if torch.cuda.is_available():
+            have["GPU"] = torch.cuda.get_device_properties(0).total_memory
+        here = have["GPU"] > 0 or not gpu  # else it is to run elsewhere
+        print(self.describe())
+        for what, n in (("weights", self.size), ("between steps", self.between), ("peak", peak)):
+            print(f"{self.place:6}{what:20}{n / 1e9:9.3f} GB")
+        print(f"{'host':6}{'copies':20}{host / 1e9:9.3f} GB")
+        need = {"host memory": host + 1e9 + (0 if gpu else peak)}  # and Python and torch
+        if gpu:
+            need["GPU"] = peak + 1.5e9  # and CUDA's context
+        for name, n in need.items():
+            fits = f"of {have[name] / 1e9:.0f}: {'it fits' if n <= have[name] else 'it does not fit'}"
+            print(f"{name}: needs {math.ceil(n / 1e9)} GB {fits if here else '(no GPU here)'}")
+        return int(here and any(n > have[name] for name, n in need.items()))
 
 
-def peak_bytes():
-    """Peak bytes so far: of GPU memory allocated if there is a GPU, else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def memory_limit(cgroups=("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+    """Bytes of host memory: the machine's, or its container's limit (cgroup v2, v1) if that is less."""
+    found = [Path(path).read_text().strip() for path in cgroups if Path(path).exists()]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(int(limit) for limit in found if limit.isdigit())])
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts the bytes of all tensors alive, on whatever device: `now` and, the most so far, `peak`.
+    """Inside, counts the bytes of live tensors on any device: `now` and, the most so far, `peak`.
 
-    tensors  made before, that count as well
+    tensors  made before, to be counted as well
     """
 
     def __init__(self, tensors=()):
         super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-        for x in tensors:
-            self.add(x)
+        self.now, self.peak, self.known = 0, 0, set()
+        self.add(tensors)
 
-    def add(self, x):
-        storage = x.untyped_storage()  # counted once, however many tensors view it
-        if (key := storage._cdata) not in self.known:
-            self.known.add(key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key, storage.nbytes())
+    def add(self, tensors):
+        for x in tree_leaves(tensors):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage and storage._cdata not in self.known:  # once, however many tensors are views of it
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
 
     def drop(self, key, size):
         self.known.discard(key)
@@ -288,99 +316,29 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.add(x)
+        self.add(result)
         return result
 
 
-class Blank:
-    """A Stream whose batches have a shape and no data: `size` texts of `length` tokens on the meta device."""
-
-    def __init__(self, size, length):
-        self.batch = torch.empty(size, length, dtype=torch.int64, device="meta")
-
-    def __getitem__(self, i):
-        return self.batch, self.batch.bool()
-
-
-def dry_run(args, name, step, *, trained=lambda model: model.parameters(), copies, host=None, rest="activations"):
-    """Prints what a run will hold, group by group, and whether it fits; ends the program (status 1: it does not).
-
-    The model is made on the meta device from its config, all that is downloaded, and does one step there: the method's
-    own code on tensors without data, whose lives are counted.
-
-    name     the model's, a hub name or a directory with a config.json
-    step     step(model): one step of the method, with Blank streams
-    trained  trained(model): the parameters that learn
-    copies   {group: how many bytes a byte of trained weights} held on the device beside the weights
-    host     the same, held in host memory
-    rest     what the remainder of the peak is
-    """
-    hush()
-    never_packed()
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
-        fail(f"--dry-run {name}: no config ({reason}); run `hf auth login`, or give a folder with config.json")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    size = sum(p.numel() for p in model.parameters())
-    gpu = args.device != "cpu" and (torch.cuda.is_available() or size > 2e9 or args.device != "auto")
-    dtype = torch.bfloat16 if (gpu if args.dtype == "auto" else args.dtype == "bfloat16") else torch.float32
-    model.to(dtype)
-    if gpu:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    whole = size * dtype.itemsize
-    sizes = [p.numel() * dtype.itemsize for p in trained(model)]
-    groups = {"weights": whole} | {name: n * sum(sizes) for name, n in copies.items()}
-    pinned = sum(1 << (n - 1).bit_length() for n in sizes)  # torch rounds pinned memory up to a power of two
-    away = {name: n * (pinned if gpu else sum(sizes)) for name, n in (host or {}).items()}
-    live = LiveBytes([*model.parameters(), *model.buffers()])
-    with live:
-        step(model)
-    groups |= {rest: live.peak - sum(groups.values()), "peak": live.peak}
-    print(f"{name} | {size / 1e6:.2f} M parameters | {str(dtype).removeprefix('torch.')}")
-    for place, held in (("GPU" if gpu else "CPU", groups), ("host", away)):
-        for name, n in held.items():
-            print(f"{place:5}{name:50}{n / 1e9:9.3f} GB")
-    need = {"host memory": sum(away.values()) + (0 if gpu else live.peak) + 1e9}  # and what torch and CUDA take
-    need |= {"the GPU": live.peak + 1.5e9} if gpu else {}
-    have = {"host memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    if gpu and torch.cuda.is_available():
-        have["the GPU"] = torch.cuda.get_device_properties(0).total_memory
-    elif gpu:
-        have = {}  # it is to run elsewhere
-    for name, n in need.items():
-        here = f" of {have[name] / 1e9:.0f}: {'it fits' if n <= have[name] else 'it does not fit'}" if have else ""
-        print(f"{name}: takes {math.ceil(n / 1e9)} GB{here}")
-    if gpu and not have:
-        print("no GPU here to compare with")
-    raise SystemExit(int(any(n > have.get(name, n) for name, n in need.items())))
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------------
 
 
 def read_rows(source, flag, columns, config=None, split="train", streaming=False):
-    """Rows of a hub dataset, or of a local file or folder of jsonl, jsonl.zst or parquet (or else of json).
+    """Rows of a hub dataset, or of a local file or folder of jsonl, jsonl.zst or parquet (else of json).
 
     columns    that must be there
-    config     of the hub dataset, or of a local folder in the hub's layout (parquet files under CONFIG/SPLIT-*)
-    streaming  rows come one after the other in constant memory, as dicts; else a datasets.Dataset
+    config     of the hub dataset, or of a local folder in the hub's layout (parquet files CONFIG/SPLIT-*)
+    streaming  rows are dicts that come one after the other in constant memory; else a datasets.Dataset
     """
     import datasets
 
-    hush()
+    configure_libraries()
     datasets.disable_progress_bars()
     path = Path(source)
     try:
         if path.exists():
             files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-            if config:
-                files = [p for p in files if p.match(f"{config}/{split}-*")]
-            names = [str(p) for p in files]
+            names = [str(p) for p in files if not config or p.match(f"{config}/{split}-*")]
             files = [n for n in names if re.search(r"\.(jsonl|jsonl\.zst|parquet)$", n)]
             files = files or [n for n in names if n.endswith(".json")]
             if not files:
@@ -394,217 +352,354 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
             rows = datasets.load_dataset(source, config, split=split, streaming=streaming)
         found = rows.column_names or next(iter(rows), {}).keys()
     except Exception as error:  # pyarrow's, the hub's and datasets' own; SystemExit from fail passes through
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
-        remedy = "mend the file" if path.exists() else "check the name and the network, or give a local file or folder"
-        fail(f"{flag} {source}: cannot be read ({reason}); {remedy}")
+        remedy = "fix the file" if path.exists() else "check name and network, or give a local file or folder"
+        fail(f"{flag} {source}: cannot be read ({error!r:.200}); {remedy}")
     if missing := [c for c in columns if c not in found]:
         fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(found) or 'no rows'}")
     return rows
 
 
 def load_chunks(source):
-    """Forget and retain text from labelled chunks (A.1): rows `txt_chunk` (str), `label` (bool, true: forget).
+    """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (bool, true: forget) (A.1).
 
-    A "<s>" or "</s>" written out at a chunk's ends goes, by removeprefix and removesuffix: strip would eat letters.
-    Returns (forget, retain), two lists of str.
+    A "<s>" or "</s>" spelled out at the ends is removed by removeprefix and removesuffix: strip eats letters.
     """
     rows = read_rows(source, "--data", ("txt_chunk", "label"))
     sides = {True: [], False: []}
     for i, (text, label) in enumerate(zip(rows["txt_chunk"], rows["label"])):
         if not isinstance(label, bool):
-            fail(f"--data {source}: row {i}: label is {label!r}, not true or false; label it, or drop the row")
+            fail(f"--data {source}: row {i}: label is {label!r}, not true or false; label or drop it")
         text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
         if not text:
             fail(f"--data {source}: row {i}: txt_chunk is empty; drop the row")
         sides[label].append(text)
     for label, what in ((True, "forget"), (False, "retain")):
         if not sides[label]:
-            fail(f"--data {source}: no row has label {str(label).lower()}, so the {what} set is empty; label some")
+            label = str(label).lower()
+            fail(f"--data {source}: no row has label {label}, so the {what} set is empty; label some")
     return sides[True], sides[False]
 
 
-def load_pairs(source):
-    """The recovery set (A.1): CAMEL's question-answer pairs as texts "message_1, blank line, message_2".
-
-    source  camel-ai/biology on the hub (a flat zip of one-object JSON files), such a zip, a folder of json, or jsonl
-    """
-    path = Path(source)
-    if not path.exists() and source.count("/") == 1 and not path.suffix:
-        hush()
-        try:
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(source, source.split("/")[1] + ".zip", repo_type="dataset"))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            fail(f"--recovery {source}: not to be had from the hub ({reason}); give a local zip, folder or jsonl")
-    if path.suffix == ".zip" and path.exists():
-        try:
-            with zipfile.ZipFile(path) as z:
-                rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
-        except (zipfile.BadZipFile, ValueError) as error:
-            fail(f"--recovery {source}: a broken zip or JSON ({error}); download it again")
-    else:
-        rows = read_rows(source, "--recovery", ("message_1", "message_2"))
-    texts = []
-    for i, row in enumerate(rows):
-        if not (row.get("message_1") and row.get("message_2")):
-            fail(f"--recovery {source}: pair {i} lacks message_1 or message_2; drop it")
-        texts.append(f"{row['message_1']}\n\n{row['message_2']}")
-    return texts or fail(f"--recovery {source}: no pairs in it")
-
-
 def bos(tokenizer):
-    """[the BOS id] if this tokenizer begins a text with one, else []."""
+    """[BOS id] if this tokenizer starts a text with one, else []."""
     return tokenizer("a").input_ids[:1] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
 
 
 class Stream:
-    """Batches of a text set: stream[i] is step i's, a function of (seed, purpose, i).
+    """Batches of a set of texts: stream[i] is the batch of step i (from 0), a function of (seed, purpose, i).
 
-    A text is tokenised when its turn comes. As no step waits for the device, that is while it is at the step before.
+    Every epoch has a fresh order and drops its last, incomplete batch, so no text occurs twice in a batch.
+    Texts are tokenised when first needed: on a GPU that is while the device computes.
 
-    texts   list of str; every epoch takes them in a fresh order and drops the incomplete batch at its end, so that no
-            text stands twice in one batch
-    size    B, texts a batch
-    length  T, tokens a text at most, BOS among them; longer texts are cut
+    texts   list of str
+    batch   B, texts per batch
+    tokens  T, tokens per text, BOS included; longer texts are cut
     """
 
-    def __init__(self, texts, tokenizer, *, size, length, seed, purpose, device):
-        if len(texts) < size:
-            fail(f"the {purpose} set has {len(texts)} texts and one step takes {size}; lower --batch (or --K)")
-        self.texts, self.tokenizer, self.size, self.length = texts, tokenizer, size, length
-        self.key, self.device, self.cache = (seed, "order", purpose), device, {}
+    def __init__(self, texts, tokenizer, *, batch, tokens, seed, purpose, device):
+        if len(texts) < batch:
+            fail(f"the {purpose} set has {len(texts)} texts and a step needs {batch}; lower --batch (or --K)")
+        self.texts, self.tokenizer, self.batch, self.tokens = texts, tokenizer, batch, tokens
+        self.key, self.device, self.epoch = (seed, "order", purpose), torch.device(device), None
+        self.bos, self.encode = bos(tokenizer), cache(self.encode)
 
     def encode(self, j):
         """Token ids of text j, BOS first where the tokenizer has one."""
-        if j not in self.cache:
-            ids = self.tokenizer(self.texts[j], add_special_tokens=False).input_ids
-            self.cache[j] = torch.tensor((bos(self.tokenizer) + ids)[: self.length])
-        return self.cache[j]
+        ids = self.tokenizer(self.texts[j], add_special_tokens=False).input_ids
+        return torch.tensor((self.bos + ids)[: self.tokens])
 
     def __getitem__(self, i):
-        """ids (B, T) int64, right-padded with 0, and mask (B, T) bool, true on tokens. i counts from 0."""
-        epoch, place = divmod(i, len(self.texts) // self.size)
-        if getattr(self, "epoch", None) != epoch:
-            self.order = torch.randperm(len(self.texts), generator=generator("cpu", *self.key, epoch)).tolist()
-            self.epoch = epoch
-        rows = [self.encode(j) for j in self.order[place * self.size : (place + 1) * self.size]]
+        """ids (B, T), right-padded with 0 (no attention mask is needed); mask (B, T), true on tokens."""
+        epoch, place = divmod(i, len(self.texts) // self.batch)
+        if self.epoch != epoch:
+            draw, self.epoch = generator("cpu", *self.key, epoch), epoch
+            self.order = torch.randperm(len(self.texts), generator=draw).tolist()
+        rows = [self.encode(j) for j in self.order[place * self.batch : (place + 1) * self.batch]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-        pinned = torch.device(self.device).type == "cuda"  # from other memory a copy waits for the device
-        return tuple((x.pin_memory() if pinned else x).to(self.device, non_blocking=True) for x in (ids, mask))
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
 
 
-# ---- MMLU (A.1) ------------------------------------------------------------------------------------------------------
+# ---- loss and streams ----------------------------------------------------------------------------------
 
 
-def read_questions(path):
-    """[(question, [four choices], answer 0..3)] of one headerless CSV; csv, since pandas reads "None" as missing."""
+def decoder_layers(model):
+    """The decoder layers, first to last: the one ModuleList whose length is the config's number of layers.
+
+    Llama, Mistral, Qwen and Gemma call it model.layers, GPT-NeoX gpt_neox.layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    fail(f"{type(model).__name__}: no list of {depth} decoder layers; use a Llama-like or GPT-NeoX model")
+
+
+@contextmanager
+def residual_streams(model):
+    """Inside, each forward pass appends the outputs (B, T, D) of the L decoder layers to the list (3.4).
+
+    That is the residual stream before the final norm; the last entry of `hidden_states` is after it.
+    """
+    H = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if isinstance(out, tuple) else out))
+        for layer in decoder_layers(model)
+    ]
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = list(csv.reader(f))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--mmlu {path}: cannot be read ({error}); the folder needs dev/SUBJECT_dev.csv and test/SUBJECT_test.csv")
-    for i, row in enumerate(rows):
-        if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
-            fail(f"--mmlu {path}: row {i}: expected question, four choices and a letter A to D, got {row[-1:]}")
-    return [(row[0], row[1:5], "ABCD".index(row[5])) for row in rows]
-
-
-def load_mmlu(source, split="test", subjects=None):
-    """MMLU as {subject: (five dev questions, the split's questions)}, a question being (text, choices, answer 0..3).
-
-    source    cais/mmlu on the hub, a folder in its layout (all/*.parquet), or of the original CSVs: dev/, test/, val/
-    split     "test" or "validation"
-    subjects  names to load; None: every subject of the folder (57 in the real one, fewer is said), each with both parts
-    """
-    mmlu = {}
-    if Path(source).is_dir() and not any(Path(source).glob("all/*.parquet")):
-        short = {"validation": "val"}.get(split, split)
-        found = {
-            f.name[: -len(f"_{kind}.csv")] for kind in ("dev", short) for f in Path(source).glob(f"{kind}/*_{kind}.csv")
-        }
-        for name in subjects or sorted(found | set(FORGET)):
-            files = [Path(source) / kind / f"{name}_{kind}.csv" for kind in ("dev", short)]
-            if lacking := [str(f) for f in files if not f.exists()]:
-                fail(f"--mmlu {source}: {lacking[0]} is missing; complete it (--subjects scores a part)")
-            mmlu[name] = tuple(read_questions(f) for f in files)
-    else:
-        for place, part in enumerate(("dev", split)):
-            for row in read_rows(source, "--mmlu", ("question", "subject", "choices", "answer"), "all", part):
-                mmlu.setdefault(row["subject"], ([], []))[place].append(
-                    (row["question"], row["choices"], row["answer"])
-                )
-        names = subjects or SUBJECTS
-        if lacking := [name for name in names if not all(mmlu.get(name, ((),)))]:
-            fail(f"--mmlu {source}: no questions of {lacking[0]}; use the whole set (--subjects scores a part)")
-        mmlu = {name: mmlu[name] for name in names}
-    for name, (shots, _) in mmlu.items():
-        if len(shots) < 5:
-            fail(f"--mmlu {source}: {name} has {len(shots)} dev questions and five shots need five; complete it")
-    if len(mmlu) < len(SUBJECTS):
-        print(f"MMLU: {len(mmlu)} of the {len(SUBJECTS)} subjects ({source})", flush=True)
-    return {name: (shots[:5], questions) for name, (shots, questions) in mmlu.items()}
-
-
-def prompt(subject, shots, question, form):
-    """The few-shot prompt of one question, up to "Answer:", and its four continuations.
-
-    letter  options are listed, continuations are " A" to " D" (the standard protocol, A.1)
-    cloze   no list; continuations are the options' texts (lm-evaluation-harness: mmlu_continuation)
-    """
-
-    def ask(q, choices):
-        if form == "cloze":
-            return f"Question: {q.strip()}\nAnswer:"
-        return q.strip() + "".join(f"\n{letter}. {c}" for letter, c in zip("ABCD", choices)) + "\nAnswer:"
-
-    what = "multiple choice questions" if form == "letter" else "questions"
-    text = f"The following are {what} (with answers) about {subject.replace('_', ' ')}.\n\n"
-    for q, choices, answer in shots:
-        text += f"{ask(q, choices)} {'ABCD'[answer] if form == 'letter' else choices[answer]}\n\n"
-    ends = [" A", " B", " C", " D"] if form == "letter" else [f" {c}" for c in question[1]]
-    return text + ask(*question[:2]), ends
-
-
-def plan(tokenizer, subject, shots, questions, form):
-    """The forward passes that score one subject: rows (question, options, ids, start, targets).
-
-    A row's hidden states from position `start` on predict targets (n, options): n = 1 and all four options where
-    every option is one token (letters), else n tokens of one option. A continuation's ids are those of prompt +
-    continuation with the prompt's cut off: Llama-2 makes two tokens of " A" alone.
-    """
-    rows, head = [], bos(tokenizer)
-    texts = [prompt(subject, shots, q, form) for q in questions]
-    prompts = tokenizer([t for t, _ in texts], add_special_tokens=False).input_ids
-    longer = tokenizer([t + e for t, ends in texts for e in ends], add_special_tokens=False).input_ids
-    tails = [whole[len(prompts[i // 4]) :] for i, whole in enumerate(longer)]
-    if not all(tails):
-        fail(f"the tokenizer joins an answer of {subject} to its prompt; it cannot be scored with this tokenizer")
-    single = all(len(t) == 1 for t in tails)
-    for j, ids in enumerate(prompts):
-        start, mine = len(head + ids) - 1, tails[4 * j : 4 * j + 4]
-        if single:
-            rows.append((j, [0, 1, 2, 3], head + ids, start, [[t[0] for t in mine]]))
-        else:
-            rows += [(j, [o], head + ids + t[:-1], start, [[i] for i in t]) for o, t in enumerate(mine)]
-    return rows
+        yield H
+    finally:
+        for hook in hooks:  # a hook that stays would keep the streams of every later pass in memory
+            hook.remove()
 
 
 def soft_cap(model, x):
-    """Logits as the model caps them, where it does (Gemma 2)."""
+    """Logits, capped where the model caps them (Gemma 2)."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(x / cap) if cap else x
 
 
 def logits(model, hidden):
-    """Next-token logits (n, V), float32, from last hidden states (n, D): the model's own, for some positions only."""
+    """Next-token logits (n, V), float32, from last hidden states (n, D)."""
     return soft_cap(model, model.get_output_embeddings()(hidden).float())
 
 
+def token_mean(model, ids, mask, loss, at_once=1 << 25):
+    """Mean of a loss over the unmasked next tokens of a batch.
+
+    ids, mask  (B, T) int64, right-padded; (B, T), true on tokens
+    loss       loss(logits (n, V) float32, targets (n,)) -> (n,)
+    at_once    logits in memory at a time: computed slice by slice, and again in backward
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens per slice
+
+    def slice_sum(h, targets, keep):
+        return loss(logits(model, h), targets).masked_fill(~keep, 0).sum()
+
+    columns = [x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])]
+    sums = [checkpoint(slice_sum, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*columns)]
+    return torch.stack(sums).sum() / mask[:, 1:].sum()
+
+
+def next_token_loss(model, ids, mask, **more):
+    """L(θ; x): cross-entropy of the next token, nats, mean over unmasked tokens. See token_mean."""
+    return token_mean(model, ids, mask, partial(F.cross_entropy, reduction="none"), **more)
+
+
+# ---- optimizer for bf16 --------------------------------------------------------------------------------
+
+
+def rounded(x, dtype, seed):
+    """x (float32) in `dtype`, stochastically rounded if that is bfloat16, so that the mean over seeds is x.
+
+    Half a step of bf16 at 0.02 is 6e-5: rounded to nearest, most updates of 2e-5 would be lost. The noise is
+    a hash of (seed, position): lowbias32 (Wellons, 2018). NaN and infinity stay what they are.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * -0x7B935975
+    noise = (h ^ (h >> 16)) & 0xFFFF  # bf16 is float32's upper half: add noise to the lower, then clear it
+    found = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), x, found).to(dtype)  # a NaN of all ones would wrap around to -0.0
+
+
+def adamw_rule(p, g, m, v, step_size, correction, betas, eps, seeds):
+    """AdamW of flat tensors, in the dtype of step_size, lr / (1 - β1^t), and correction, 1 - β2^t."""
+    aligned(p)
+    g = g.to(step_size.dtype)
+    m_new = m.to(g.dtype).lerp_(g, 1 - betas[0])
+    v_new = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    p_new = p.to(g.dtype).addcdiv_(m_new, (v_new / correction).sqrt_().add_(eps).div_(step_size), value=-1)
+    for old, new, seed in zip((p, m, v), (p_new, m_new, v_new), seeds):
+        old.copy_(rounded(new, old.dtype, seed))
+
+
+def sgd_rule(p, g, lr, seed):
+    """p ← p - lr g of flat tensors, in place."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    p.copy_(rounded(p.to(wide).add_(g.to(wide), alpha=-lr), p.dtype, seed))
+
+
+def aligned(x):
+    """Is the length a multiple of 16? Asking makes torch.compile build a kernel with vectorized loads."""
+    return True if x.numel() % 16 == 0 else False  # only a branch is a guard of the graph
+
+
+@cache
+def compiled(rule):
+    """An update rule as one kernel for flat tensors of any length: one pass over memory instead of twenty."""
+    return torch.compile(rule, dynamic=True)
+
+
+def flat_slice(x, start, n):
+    """Elements start .. start + n as a flat alias, no view: torch.compile makes a graph per kind of view."""
+    x = x.view(-1)  # raises if x is not contiguous
+    place = x.storage_offset() + start, (min(n, len(x) - start),), (1,)
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), *place)
+
+
+class Optimizer:
+    """What AdamW and SGD share. Updates are computed in float32 or wider and stored as `rounded` does.
+
+    moments   lists of tensors like params: the state; step t = 1 starts from zeros
+    wait_for  HostCopy objects: parameter j is updated after their transfers of row j
+    t, lr     in calls: the step, from 1; the learning rate. What follows is the key of the rounding
+    """
+
+    def __init__(self, params):
+        self.params, self.moments, self.wait_for = list(params), (), ()
+
+    @torch.no_grad()
+    def apply(self, j, t, lr, *key):
+        p, moments = self.params[j], [moment[j] for moment in self.moments]
+        g, p.grad = p.grad, None
+        for copy in self.wait_for:
+            copy.wait(j)
+        for moment in moments if t == 1 else ():
+            moment.zero_()
+        for n in range(-(-p.numel() // (1 << 24))):  # slices bound the float32 temporaries
+            self.update(t, lr, (*key, j, n), *(flat_slice(x, n << 24, 1 << 24) for x in (p, g, *moments)))
+        torch.autograd.graph.increment_version(p)  # autograd does not see what happens to an alias
+
+    def step(self, t, lr, *key):
+        """Updates each parameter that has a gradient, and frees the gradient."""
+        for j in reversed(range(len(self.params))):  # the last layers first, as backward and HostCopy go
+            if self.params[j].grad is not None:
+                self.apply(j, t, lr, *key)
+
+    @contextmanager
+    def in_backward(self, t, lr, *key):
+        """Inside, backward updates each parameter and frees its gradient as soon as that is complete.
+
+        By then every operation that used the parameter has been differentiated. What .grad contained before
+        is set aside, so the gradient is not added to it, and is back in .grad afterwards.
+        """
+        aside = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        with when_complete(self.params, lambda j: self.apply(j, t, lr, *key)):
+            yield
+        for p, g in zip(self.params, aside):
+            p.grad = g
+
+
+class AdamW(Optimizer):
+    """AdamW without weight decay (Loshchilov & Hutter, 2019)."""
+
+    def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params)
+        self.moments = tuple([torch.zeros_like(p) for p in self.params] for _ in "mv")
+        self.betas, self.eps = betas, eps
+
+    def update(self, t, lr, key, p, g, m, v):
+        rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
+        wide = torch.promote_types(p.dtype, torch.float32)
+        sizes = lr / (1 - self.betas[0] ** t), 1 - self.betas[1] ** t
+        sizes = (torch.tensor(x, dtype=wide) for x in sizes)  # a float would be compiled in
+        rule(p, g, m, v, *sizes, self.betas, self.eps, [seed_of(*key, name) >> 33 for name in "pmv"])
+
+
+class SGD(Optimizer):
+    """Plain gradient descent, without momentum."""
+
+    def update(self, t, lr, key, p, g):
+        (compiled(sgd_rule) if p.is_cuda else sgd_rule)(p, g, lr, seed_of(*key) >> 33)
+
+
+@contextmanager
+def when_complete(params, act):
+    """Inside, backward calls act(j) as soon as the gradient of params[j] is complete."""
+    hooks = [p.register_post_accumulate_grad_hook(lambda _, j=j: act(j)) for j, p in enumerate(params)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class HostCopy:
+    """A copy of tensors in host memory, transferred there (save) and back (load) while the device computes.
+
+    On a GPU the memory is pinned and transfers run on a stream of their own: each starts when what was
+    queued before it is done, and what is queued after wait(j) starts when row j has arrived. On the CPU they
+    are plain copies; on meta nothing moves.
+
+    lists     one or more lists of equal length; row j is the j-th tensor of each
+    reserved  bytes of all copies made so far, for the dry run
+    """
+
+    reserved = 0
+
+    def __init__(self, *lists):
+        self.rows, self.arrived, tensors = [*zip(*lists, strict=True)], {}, sum(lists, [])
+        HostCopy.reserved += sum(x.numel() * x.element_size() for x in tensors)
+        self.stream = torch.cuda.Stream() if tensors and tensors[0].is_cuda else None
+        self.copies = self.rows
+        if tensors and not tensors[0].is_meta:
+            make = partial(torch.zeros_like, device="cpu", pin_memory=tensors[0].is_cuda, requires_grad=False)
+            self.copies = [[make(x) for x in row] for row in self.rows]
+
+    @torch.no_grad()
+    def transfer(self, j, back=False):
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # of None: does nothing
+            for x, copy in zip(self.rows[j], self.copies[j]):
+                (x if back else copy).copy_(copy if back else x, non_blocking=True)
+        if self.stream:
+            self.arrived[j] = self.stream.record_event()
+
+    def save(self):
+        """Copies every row to the host, the last first: the adversary's backward changes those first."""
+        for j in reversed(range(len(self.rows))):
+            self.transfer(j)
+
+    def load(self):
+        """Copies every row back; row j may be used after wait(j)."""
+        for j in reversed(range(len(self.rows))):
+            self.transfer(j, back=True)
+
+    def wait(self, j):
+        """What the device computes from here on starts after row j's last transfer."""
+        if j in self.arrived:
+            torch.cuda.current_stream().wait_event(self.arrived[j])
+
+    @contextmanager
+    def load_in_backward(self, params):
+        """Inside, backward loads row j as soon as the gradient of params[j] is complete, which is the last
+        use of its value; at the end the other rows are loaded, and all have arrived."""
+        left = dict.fromkeys(range(len(params)))
+
+        def load(j):
+            del left[j]
+            self.transfer(j, back=True)
+
+        with when_complete(params, load):
+            yield
+        for j in [*left]:
+            load(j)
+        for j in range(len(params)):
+            self.wait(j)
+
+
+def check_finite(step, *losses):
+    """Raises FloatingPointError if a loss (0-d tensor) is NaN or infinite. To be called before the update:
+    it waits for the losses, not for a backward pass queued later."""
+    total = sum(loss.detach() for loss in losses)
+    if not total.is_meta and not torch.isfinite(total):
+        raise FloatingPointError(f"the loss is {total.item()} at step {step}")
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------------
+
+
 def log_probs(model, hidden, targets):
-    """log p (n, c) of targets (n, c) from last hidden states (n, D); the head's rows in float32, as bf16 logits tie."""
+    """log p (n, c) of targets (n, c) from last hidden states (n, D), in float32: bf16 logits tie."""
     head = model.get_output_embeddings()
     found = (head.weight[targets].float() @ hidden.float()[:, :, None]).squeeze(-1)  # (n, c)
     if head.bias is not None:
@@ -612,156 +707,48 @@ def log_probs(model, hidden, targets):
     return soft_cap(model, found) - logits(model, hidden).logsumexp(-1, keepdim=True)
 
 
-def run_rows(model, rows, budget):
-    """Scores the rows of one subject; yields (question, options, their log-probabilities).
+class Row(NamedTuple):
+    """A text to score: hidden states from position `start` on predict n positions of c token ids each."""
 
-    The longest token prefix that all prompts share (description and shots) is computed once; suffixes follow in
-    right-padded batches of at most `budget` tokens, prefix counted, on copies of its cache. The mask is causal and one
-    for all rows: pads come after all that is read. Where layers differ (sliding windows) the model makes its own.
+    key: object  # the caller's, comes back with the scores
+    ids: list
+    start: int
+    targets: list
+
+
+def score_rows(model, rows, budget=None):
+    """Yields (key, log-probabilities (c,) summed over the n positions) of each Row.
+
+    The longest token prefix that all rows share is computed once; the rest follows in right-padded batches
+    on copies of its cache. One causal mask serves all rows: pads come after all that is read. Models with
+    sliding windows make their own.
+
+    budget  tokens per batch, prefix included; None: 32768 on a GPU, 2048 on the CPU
     """
     device, windows = model.device, getattr(model.config.get_text_config(), "sliding_window", None)
-    contexts = [ids[: start + 1] for _, _, ids, start, _ in rows]
+    budget = budget or (32768 if device.type == "cuda" else 2048)
+    contexts = [row.ids[: row.start + 1] for row in rows]
     P = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
-    cache = DynamicCache()
+    prefix = DynamicCache()
     if P:
-        model.base_model(torch.tensor([contexts[0][:P]], device=device), past_key_values=cache, use_cache=True)
-    past = [(layer.keys, layer.values) for layer in cache.layers]
-    rows = sorted(rows, key=lambda row: len(row[2]))
+        model.base_model(torch.tensor([contexts[0][:P]], device=device), cache=prefix, use_cache=True)
+    past = [(layer.keys, layer.values) for layer in prefix.layers]
+    rows = sorted(rows, key=lambda row: len(row.ids))
     while rows:
-        B = max(b for b in range(1, len(rows) + 1) if b == 1 or b * len(rows[b - 1][2]) <= budget)
+        B = max(b for b in range(1, len(rows) + 1) if b == 1 or b * len(rows[b - 1].ids) <= budget)
         batch, rows = rows[:B], rows[B:]
-        ids = [torch.tensor(row[2][P:]) for row in batch]
+        ids = [torch.tensor(row.ids[P:]) for row in batch]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
         copy = DynamicCache([(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in past])
         T, mask = ids.shape[1], None
         if not windows:
             mask = torch.full((1, 1, T, P + T), -torch.inf, dtype=model.dtype, device=device).triu(P + 1)
-        hidden = model.base_model(ids, past_key_values=copy, attention_mask=mask, use_cache=True).last_hidden_state
-        where = [(b, row[3] - P + n) for b, row in enumerate(batch) for n in range(len(row[4]))]
-        b, t = torch.tensor(where, device=device).T
-        targets = torch.tensor([line for row in batch for line in row[4]], device=device)
-        scores, at = log_probs(model, hidden[b, t], targets).cpu(), 0
-        for j, options, _, _, lines in batch:
-            yield j, options, scores[at : at + len(lines)].sum(0).tolist()
-            at += len(lines)
-
-
-@torch.inference_mode()
-def score_mmlu(model, tokenizer, mmlu, form="letter", budget=None):
-    """Scores a model on MMLU, five shots (A.1). The result does not depend on batch, order or cache.
-
-    mmlu      {subject: (shots, questions)} from load_mmlu
-    form      "letter": log-probabilities of A to D; "cloze": of the options' texts, compared by byte
-    budget    tokens in flight, prefix counted; None: 32768 on a GPU, 2048 on the CPU
-    Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one object a question.
-    """
-    was_training = model.training
-    model.eval()
-    answers, budget = [], budget or (32768 if model.device.type == "cuda" else 2048)
-    with tqdm(
-        total=sum(len(q) for _, q in mmlu.values()), desc=f"MMLU {form}", unit="q", leave=False, disable=None
-    ) as bar:
-        for subject, (shots, questions) in mmlu.items():
-            found = [[0.0] * 4 for _ in questions]
-            for j, options, scores in run_rows(model, plan(tokenizer, subject, shots, questions, form), budget):
-                for option, score in zip(options, scores):
-                    found[j][option] = score
-                bar.update(len(options) / 4)
-            for j, (logprobs, (_, choices, answer)) in enumerate(zip(found, questions)):
-                size = [1] * 4 if form == "letter" else [max(len(c.encode()), 1) for c in choices]
-                best = max(range(4), key=lambda o: logprobs[o] / size[o])
-                answers.append({"subject": subject, "index": j, "logprobs": [round(x, 6) for x in logprobs]})
-                answers[-1] |= {"prediction": "ABCD"[best], "answer": "ABCD"[answer]}
-    model.train(was_training)
-    return summarise(answers) | {"protocol": protocol(mmlu, form)}, answers
-
-
-def protocol(mmlu, form):
-    """What a score was measured with; two scores compare only if theirs are equal. `questions` is a digest of them."""
-    return {"format": form, "shots": 5, "questions": f"{seed_of(mmlu):016x}"}
-
-
-def summarise(answers):
-    """mmlu.json's accuracies from answers: macro (the mean of subjects, the paper's) and micro, forget and retain.
-
-    Standard errors are of the sampling of questions: sqrt(p (1 - p) / (n - 1)) a subject, summed in quadrature.
-    """
-    subjects = {}
-    for a in answers:
-        subjects.setdefault(a["subject"], []).append(a["prediction"] == a["answer"])
-    result = {}
-    for side in ("forget", "retain"):
-        hits = [h for name, h in subjects.items() if (name in FORGET) == (side == "forget")]
-        flat = [x for h in hits for x in h]
-        parts = [(sum(h) / len(h), len(h)) for h in hits]
-        spread = sum(p * (1 - p) / max(n - 1, 1) for p, n in parts)
-        micro = sum(flat) / len(flat) if flat else None
-        result[side] = {
-            "acc": sum(p for p, _ in parts) / len(parts) if parts else None,
-            "se": math.sqrt(spread) / len(parts) if parts else None,
-            "n": len(flat),
-            "micro": micro,
-            "micro_se": math.sqrt(micro * (1 - micro) / max(len(flat) - 1, 1)) if flat else None,
-        }
-    result["subjects"] = {name: {"acc": sum(h) / len(h), "n": len(h)} for name, h in subjects.items()}
-    letters = Counter(a["prediction"] for a in answers)
-    result["letters"] = {x: letters[x] / max(len(answers), 1) for x in "ABCD"}
-    return result
-
-
-def scores_name(form):
-    """File stem of a format's scores: mmlu for letters, mmlu_cloze for cloze; both may stand in one directory."""
-    return "mmlu" if form == "letter" else f"mmlu_{form}"
-
-
-def scores_dir(name):
-    """Where a model's scores are kept: its checkpoint directory, or out/OWNER--MODEL for a name on the hub."""
-    return Path(name) if Path(name).is_dir() else Path("out") / name.replace("/", "--")
-
-
-def kept_scores(name, mmlu, form):
-    """The summary kept for a model if it was measured with these questions in this format, else None."""
-    path = scores_dir(name) / (scores_name(form) + ".json")
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    return summary if summary.get("protocol") == protocol(mmlu, form) else None
-
-
-def write_scores(folder, summary, answers):
-    """Writes mmlu.json and mmlu.jsonl (or mmlu_cloze.*) into a checkpoint directory."""
-    stem = Path(folder) / scores_name(summary["protocol"]["format"])
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    write_json(stem.with_suffix(".json"), summary)
-
-
-def show_scores(summary):
-    """One line: forget and retain accuracy in percent with standard errors, and the histogram of predictions."""
-    parts = []
-    for side in ("forget", "retain"):
-        s = summary[side]
-        parts.append(f"{side} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" if s["n"] else f"{side} -")
-    letters = " ".join(f"{x} {100 * share:.0f}" for x, share in summary["letters"].items())
-    return " | ".join(parts) + f" | predicted % {letters}"
-
-
-def paper_scores(init, theta, recovered):
-    """The paper's row of Table 1 (3.2), in percent, with standard errors.
-
-    init, theta, recovered  {"forget": {"acc", "se"}, "retain": {...}} in 0..1 of θ_init (the base model), θ, θ'
-    Score_U = (F_init - F) + (R - R_init);  Score_R = F_init - F';  Composite = (Score_U + Score_R) / 2.
-    Errors add in quadrature as if accuracies were independent; they share their questions, so this overstates them.
-    """
-    (F0, f0), (R0, r0), (F, f), (R, r), (F2, f2), (R2, r2) = (
-        (100 * s[side]["acc"], 100 * s[side]["se"]) for s in (init, theta, recovered) for side in ("forget", "retain")
-    )
-    score_u, score_r = (F0 - F) + (R - R0), F0 - F2
-    row = {
-        "forget": (F, f),
-        "retain": (R, r),
-        "score_u": (score_u, math.hypot(f0, f, r, r0)),
-        "forget_recovered": (F2, f2),
-        "retain_recovered": (R2, r2),
-        "score_r": (score_r, math.hypot(f0, f2)),
-        "composite": ((score_u + score_r) / 2, math.hypot(2 * f0, f, r, r0, f2) / 2),
-    }
-    return {k: x for name, (value, se) in row.items() for k, x in ((name, value), (name + "_se", se))}
+        # shapes change with every batch, and cuDNN attention would plan each anew
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            hidden = model.base_model(ids, cache=copy, attention_mask=mask, use_cache=True).last_hidden_state
+        places = [(b, row.start - P + n) for b, row in enumerate(batch) for n in range(len(row.targets))]
+        b, t = torch.tensor(places, device=device).T
+        targets = torch.tensor([line for row in batch for line in row.targets], device=device)
+        found = log_probs(model, hidden[b, t], targets).cpu().split([len(row.targets) for row in batch])
+        for row, scores in zip(batch, found):
+            yield row.key, scores.sum(0).tolist()

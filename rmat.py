@@ -1,97 +1,82 @@
-"""RMAT: Random Mapping followed by MLAC-AR (Sections 3.4 and 3.5).
+"""RMAT: Random Mapping, then MLAC-AR (Sections 3.4, 3.5 of *Toward Robust Unlearning for LLMs*, Tamirisa et
+al., 2024).
 
-    θ ← random_mapping(θ_init)      # rm_steps steps: residual stream on forget text to noise, language kept on R
-    θ ← mlac_ar(θ)                  # N outer steps: K adversary steps on F, then down ∇L(θ; x_r) and up φ
+Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
+(recover.py). RMAT first destroys what the model represents of F, then trains against the adversary.
 
-Both functions stand here word for word as in random_mapping.py and mlac_ar.py, whose docstrings give the algorithms
-and our choices. One more here: the mapping loss is not kept in the second phase ("followed by"). With --rm-steps 0
-and --model out/random_mapping the second phase starts from an earlier first one.
+    θ ← random_mapping(θ)      # rm_steps steps: residual stream on text of F to noise, next-token loss on R
+    θ ← mlac_ar(θ)             # N outer steps (Algorithm 1): K adversary steps on F; down ∇L(θ; x_r), up φ
 
-Memory, flat in K: weights, φ (the parameters' .grad), two moments, activations; θ and the outer moments in host memory.
+The functions are word for word those of random_mapping.py and mlac_ar.py, whose docstrings have the
+algorithms, the symbols and our choices. Here one more:
 
-Logged: `forget` (mapping loss, 0 to 2) and `retain` (nats a token) in phase random_mapping; `retain`, `adversary`,
-`heldout` (nats a token) and `bounded` (share of heldout batches above log V) in phase mlac_ar.
+1) The mapping loss is not kept in the second phase ("followed by").
 
-    python rmat.py --tiny               # the miniature on a laptop -> out/rmat
-    python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16 -> out/rmat
-    python recover.py --ckpt out/rmat   # then attack it, for its row of Table 1
+The result of the first phase is saved as a checkpoint too, OUT/random_mapping: nothing that goes wrong later
+loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
+
+Memory: as for MLAC-AR, whose peak is the larger one; it does not depend on K.
+
+Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
+`adversary`, `heldout` (nats per token) and `bounded` (share of heldout batches above log V) in phase
+mlac_ar.
+
+    python rmat.py --tiny               # the miniature on a laptop, 3 min         -> out/rmat
+    python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
+    python recover.py --ckpt out/rmat   # attacks it; prints its row of Table 1    -> out/rmat/recovered
 """
 
 import argparse
 import math
 import sys
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-WORLD = Path(__file__).parent / "tests" / "tiny" / "world0"
-TINY = {  # what --tiny swaps in: the miniature and the settings that fit it (tests/tiny/README.md)
-    "model": str(WORLD / "base"),
-    "data": str(WORLD / "chunks.jsonl"),
-    "mmlu": str(WORLD / "mmlu"),
-    "format": "cloze",
-    "rm_lr": 1e-2,
-    "rm_steps": 200,
-    "lr": 3e-3,
-    "K": 16,
-    "N": 20,
-    "batch": 24,
-    "tokens": 208,
-    "log_every": 5,
-}
+WORLD = Path(__file__).parent / "tests/tiny/world0"
+# fmt: off
+TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
+    model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
+    rm_lr=1e-2, rm_steps=200, lr=3e-3, K=16, N=20, batch=24, tokens=208, log_every=5,
+)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="RMAT: Random Mapping (Section 3.4) followed by MLAC-AR (Section 3.5, Algorithm 1).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
-    add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or checkpoint directory")
-    add(
-        "--data",
-        default="lapisrocks/pile-bio",
-        help="rows txt_chunk, label: hub name; jsonl(.zst), parquet, a folder",
-    )
-    add("--mmlu", default=None, help="MMLU to score the result on: hub name or folder of CSVs; None: do not")
-    add("--format", default="letter", choices=("letter", "cloze"), help="MMLU compares letters, or options' text")
+    add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
+    add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
     add("--out", default="out/rmat", help="checkpoint directory to write")
     add("--rm-lr", type=float, default=1e-5, help="learning rate of Random Mapping, falling linearly to 0")
     add("--rm-steps", type=int, default=1000, help="steps of Random Mapping; 0 skips it (paper: not stated)")
-    add("--lr", type=float, default=2e-5, help="η, learning rate of both loops of MLAC-AR")
-    add("--K", type=int, default=4, help="K of Algorithm 1: adversary steps an outer step; too few leave bounded at 1")
-    add("--N", type=int, default=100, help="N of Algorithm 1: outer steps (paper: not stated)")
-    add(
-        "--alpha",
-        type=float,
-        default=1.0,
-        help="α, weight of φ (summed over K) beside ∇L(θ; x_r); paper's α: times η",
-    )
-    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of MLAC-AR; Algorithm 1 is sgd")
-    add(
-        "--bound",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a heldout loss above log V adds nothing to φ (ours; --no-bound: Algorithm 1)",
-    )
-    add("--batch", type=int, default=16, help="texts a batch; K + 1 forget batches and 1 retain batch an outer step")
-    add("--tokens", type=int, default=256, help="tokens a text at most, BOS among them (A.1)")
-    add("--seed", type=int, default=0, help="of the order of the data, the targets and the rounding")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bf16 on a GPU, else float32")
-    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
+    add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
+    add("--N", type=int, default=100, help="outer steps (paper: not stated)")
+    add("--alpha", type=float, default=1.0, help="weight of φ (a sum over K) against ∇L(θ; x_r)")
+    add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops (Algorithm 1: sgd)")
+    add("--bound", action=argparse.BooleanOptionalAction, default=True, help="heldout loss above log V: no φ")
+    add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
+    add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
+    add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--dry-run", action="store_true", help="only print what the run would hold in memory, and whether it fits")
-    add("--tiny", action="store_true", help="swap in the miniature and the settings that fit it")
+    add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
+    add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2 or min(args.alpha, args.rm_steps) < 0:
-        parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2, --alpha and --rm-steps at 0")
-    if not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
-        parser.error("--lr and --rm-lr lie between 0 and 1")
+    if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
+        parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
+    if min(args.alpha, args.rm_steps) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
+        parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
+    if args.dry_run:
+        args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
     return args
+# fmt: on
 
 
 if __name__ == "__main__":
@@ -99,392 +84,121 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from common import (
-    Blank, Run, Stream, decoder_layers, dry_run, generator, load_chunks, load_mmlu, load_model, logits, read_args,
-    score_mmlu, seed_of, show_scores, write_scores,
-)  # fmt: skip
-
-
-@contextmanager
-def residual_streams(model):
-    """Inside, every forward pass appends the outputs (B, T, D) of its decoder layers to the list H (3.4).
-
-    Hooks come off at the end: left on, they would keep every later pass's streams in memory.
-    """
-    H = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if isinstance(out, tuple) else out))
-        for layer in decoder_layers(model)
-    ]
-    try:
-        yield H
-    finally:
-        for hook in hooks:
-            hook.remove()
+from common import SGD, AdamW, HostCopy, Run, check_finite, generator, next_token_loss, residual_streams
 
 
 def random_targets(model, seed):
-    """r: one Gaussian direction a token id, (V, D), drawn once from its own seed and shared by all layers (3.4)."""
+    """r: a Gaussian vector for each token id, (V, D), drawn once from its own seed; all layers share it
+    (3.4)."""
     V, D = model.get_input_embeddings().weight.shape
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
 
-def mapping_loss(H, r, mask):
-    """1 - cos(H_l, r), mean over tokens, then over layers (3.4). 0 on target, 1 unrelated, 2 opposite.
+def mapping_loss(H, targets, mask):
+    """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    H     L streams (B, T, D)
-    r     (B, T, D), a target a position
-    mask  (B, T), true on tokens; the first position (BOS) is left out: it is the same in every text
+    H        L streams (B, T, D)
+    targets  (B, T, D), r of each position's token
+    mask     (B, T), true on tokens; the first position (BOS) is left out
     """
     mask = mask[:, 1:]
     losses = []
     for h in H:
-        distance = 1 - F.cosine_similarity(h[:, 1:].float(), r[:, 1:].float(), dim=-1)  # (B, T - 1)
+        distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
         losses.append((distance * mask).sum() / mask.sum())
     return torch.stack(losses).mean()
-
-
-def next_token_loss(model, ids, mask, loss=partial(F.cross_entropy, reduction="none"), at_once=1 << 25):
-    """L(θ; x): cross-entropy of the next token, nats, mean over the unmasked tokens of the batch.
-
-    ids      (B, T) int64
-    mask     (B, T), true on tokens
-    loss     loss(logits (n, V) float32, targets (n,)) -> (n,), what is averaged
-    at_once  logits held at a time: made slice by slice, and again in backward. Whole, those of 16 x 256 tokens over a
-             vocabulary of 128 k are 2 GB, several times over
-    """
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens a slice
-
-    def part(h, targets, keep):
-        return loss(logits(model, h), targets).masked_fill(~keep, 0).sum()
-
-    slices = zip(*(x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])))
-    sums = [checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in slices]
-    return torch.stack(sums).sum() / mask[:, 1:].sum()
-
-
-def rounded(x, dtype, seed):
-    """x, float32, in dtype. Into bf16 it rounds stochastically, E = x: half a step of bf16 at 0.02 is 6e-5, so an
-    update of 2e-5 rounded to nearest would be lost for most weights. The noise is a hash of (seed, place): lowbias32
-    (Wellons, 2018)."""
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
-    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ (h >> 15 & 0x1FFFF)) * -0x7B935975
-    noise = (h ^ h >> 16) & 0xFFFF  # bf16 is the upper half of float32: add noise below, cut the lower half off
-    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(dtype)
-
-
-def adamw_rule(p, g, m, v, size, correction, betas, eps, seeds):
-    """adamw_ of flat tensors, computed in the dtype of the 0-d size and correction: lr / (1 - β1^t) and 1 - β2^t."""
-    if p.numel() % 16:  # asked so that the compiler knows which lengths it may read in wide words
-        pass
-    g = g.to(size.dtype)
-    m_ = m.to(g.dtype).lerp_(g, 1 - betas[0])
-    v_ = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    p_ = p.to(g.dtype).addcdiv_(m_, (v_ / correction).sqrt_().add_(eps).div_(size), value=-1)
-    for old, new, seed in zip((p, m, v), (p_, m_, v_), seeds):
-        old.copy_(rounded(new, old.dtype, seed))
-
-
-@cache
-def compiled(rule):
-    """An update rule as one kernel for flat tensors of any length: one pass over memory where torch takes twenty."""
-    return torch.compile(rule, dynamic=True)
-
-
-@torch.no_grad()
-def adamw_(p, g, m, v, t, lr, *key, betas=(0.9, 0.999), eps=1e-8):
-    """Step t (from 1) of AdamW without weight decay, in place (Loshchilov & Hutter, 2019).
-
-    p, g, m, v  weight, gradient and moments, of one shape; computed in float32 or wider, stored as `rounded` has it
-    key         of the rounding
-    """
-    rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-    scalar = partial(torch.tensor, dtype=torch.promote_types(p.dtype, torch.float32))  # a float would be compiled in
-    size, correction = scalar(lr / (1 - betas[0] ** t)), scalar(1 - betas[1] ** t)
-    for n, part in enumerate(zip(*(x.view(-1).split(1 << 24) for x in (p, g, m, v)))):  # what stands wide is small
-        rule(*part, size, correction, betas, eps, [seed_of(*key, n, name) >> 33 for name in "pmv"])
-
-
-def sgd_rule(p, g, lr, seed):
-    """sgd_ of flat tensors."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    p.copy_(rounded(p.to(wide).add_(g.to(wide), alpha=-lr), p.dtype, seed))
-
-
-@torch.no_grad()
-def sgd_(p, g, lr, *key):
-    """p ← p - lr g, in place; computed in float32 or wider, stored as `rounded` has it."""
-    rule = compiled(sgd_rule) if p.is_cuda else sgd_rule
-    for n, part in enumerate(zip(p.view(-1).split(1 << 24), g.view(-1).split(1 << 24))):
-        rule(*part, lr, seed_of(*key, n) >> 33)
-
-
-def peek(loss):
-    """A loss on its way to the host, and the event of its arrival: who looks at it waits for nothing queued later."""
-    if not loss.is_cuda:
-        return loss.detach(), None
-    seen, event = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record()
-    return seen, event
-
-
-def check_finite(seen, event, step):
-    """Raises FloatingPointError, before anything is updated, if the loss of this step, from peek, is no number."""
-    if event:
-        event.synchronize()
-    if not seen.is_meta and not torch.isfinite(seen):
-        raise FloatingPointError(f"the loss is {seen.item()} at step {step}")
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
     """Random Mapping (3.4) of `model`, in place.
 
-    forget, retain  Streams: step i reads forget[i - 1] and retain[i - 1], each (ids, mask)
-    steps, lr       optimizer steps; learning rate of AdamW at the first, falling linearly to 0
-    seed            of targets and rounding
-    log             called as log(i, steps, forget=loss, retain=loss)
-    Raises FloatingPointError at a loss that is no number; the weights are then those before the step.
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    targets = random_targets(model, seed)
+    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    r = random_targets(model, seed)  # (V, D)
     model.train()
     for i in range(1, steps + 1):
         ids, mask = forget[i - 1]
         with residual_streams(model) as H:
             model.base_model(input_ids=ids, use_cache=False)
-        loss_f = mapping_loss(H, targets[ids], mask)
+        loss_f = mapping_loss(H, r[ids], mask)
         loss_f.backward()
         del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
-        seen = peek(loss_f + loss_r)
-        loss_r.backward()  # .grad = ∇(mapping loss + retain loss)
-
-        check_finite(*seen, i)
-        now = lr * (1 - (i - 1) / steps)
-        for j, p in enumerate(params):
-            if p.grad is not None:  # the output head has none of a mapping loss, but has one of the retain loss
-                adamw_(p, p.grad, m[j], v[j], i, now, seed, "random_mapping", i, j)  # θ ← AdamW(θ, ∇loss)
-                p.grad = None
+        check_finite(i, loss_f, loss_r)
+        loss_r.backward()  # .grad = ∇(mapping loss + L(θ; x_r))
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
         log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
 
 
-@contextmanager
-def as_differentiated(params, act):
-    """Inside, backward calls act(j, p) as soon as parameter j's gradient is whole.
-
-    Every operation that used the parameter has then been differentiated: act may change it as if backward were over.
-    """
-    hooks = [p.register_post_accumulate_grad_hook(partial(act, j)) for j, p in enumerate(params)]
-    try:
-        yield
-    finally:
-        for h in hooks:
-            h.remove()
-
-
-@contextmanager
-def update_in_backward(params, update):
-    """Inside, backward hands each parameter's gradient to update(j, p, g) as soon as it is whole, and frees it.
-
-    What stood in .grad (φ) is set aside, so that nothing is added to it, and put back at the end.
-    """
-
-    def act(j, p):
-        g, p.grad = p.grad, None
-        update(j, p, g)
-
-    phi = [p.grad for p in params]
-    for p in params:
-        p.grad = None
-    try:
-        with as_differentiated(params, act):
-            yield
-    finally:
-        for p, f in zip(params, phi):
-            p.grad = f
-
-
-class Host:
-    """A place in host memory for each of some tensors, which move there and back while the device computes.
-
-    On a GPU the memory is pinned and a stream of its own moves: save(j) and load(j) begin when what was queued before
-    them is done, and what is queued after wait(j) begins when tensor j has moved. On the CPU they are plain copies; on
-    the meta device, where a dry run counts what the device holds, nothing moves.
-    """
-
-    def __init__(self, tensors):
-        self.tensors, self.stream, self.moved = tensors, torch.cuda.Stream() if tensors[0].is_cuda else None, {}
-        self.copies = tensors
-        if not tensors[0].is_meta:
-            self.copies = [torch.zeros_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
-
-    def move(self, j, target, source):
-        if self.stream is None:
-            target.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
-        self.moved[j] = self.stream.record_event()
-
-    def save(self, j):
-        self.move(j, self.copies[j], self.tensors[j])
-
-    def load(self, j):
-        self.move(j, self.tensors[j], self.copies[j])
-
-    def wait(self, j):
-        if j in self.moved:
-            torch.cuda.current_stream().wait_event(self.moved[j])
-
-
-def inner_loop(model, batches, heldout, update, *, bound, done=lambda j, p: None):
-    """The K adversary steps of one outer step (Algorithm 1): model becomes ω_K, .grad becomes φ.
-
-    batches  K batches x_f, each (ids, mask)
-    heldout  x_heldout, (ids, mask)
-    update   update(k, j, p, g): the adversary's step k on parameter j, in place
-    bound    a heldout loss above log V adds nothing to φ
-    done     done(j, p): called when parameter j of ω_K is needed no more
-    Returns (3,), means over k: the adversary's loss, the heldout loss, the share above log V.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    chance = math.log(model.get_input_embeddings().weight.shape[0])
-    totals = torch.zeros(3, device=model.device)
-    for k, x_f in enumerate(batches, 1):
-        with update_in_backward(params, partial(update, k)):
-            loss_f = next_token_loss(model, *x_f)
-            loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
-
-        loss_h = next_token_loss(model, *heldout)
-        below = (loss_h < chance) if bound else torch.ones_like(loss_h, dtype=torch.bool)
-        with as_differentiated(params if k == len(batches) else [], done):
-            (loss_h * below).backward()  # φ ← φ + ∇L(ω; x_heldout), in place: φ is .grad
-        totals += torch.stack([loss_f.detach(), loss_h.detach(), (loss_h > chance).float()])
-    return totals / len(batches)
-
-
 def mlac_ar(
-    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", bound=True, seed=0, log=lambda *_, **__: None
+    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", bound=True, seed=0,
+    log=lambda *_, **__: None,
 ):  # fmt: skip
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
-    forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and last x_heldout
+    forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and, last, x_heldout
     retain     Stream of B texts
-    K, N       adversary steps an outer step; outer steps
+    K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ beside ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
     bound      a heldout loss above log V adds nothing to φ
-    seed       of the rounding
-    log        called as log(i, N, retain=, adversary=, heldout=, bounded=)
-    Raises FloatingPointError at a loss that is no number; the weights are then θ of the step before.
+    seed, log  of the rounding; called as log(i, N, retain=, adversary=, heldout=, bounded=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    theta, moments = Host([p.detach() for p in params]), ()
-    if adam := optimizer == "adamw":
-        m, v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]  # of the loop at work
-        moments = Host(m), Host(v)  # the outer loop's, at rest
+    opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # serves both loops, each with its own moments
+    theta, moments = HostCopy(params), HostCopy(*opt.moments)  # θ and the outer loop's, while the model is ω
+    opt.wait_for = theta, moments  # transfers overlap with compute
+    chance = math.log(model.get_input_embeddings().weight.shape[0])
     model.train()
-
-    def adversary(i, k, j, p, g):
-        for host in (theta, *moments) if k == 1 else ():
-            host.wait(j)
-        if adam:
-            if k == 1:
-                m[j].zero_(), v[j].zero_()  # the adversary starts fresh
-            adamw_(p, g, m[j], v[j], k, lr, seed, "adversary", i, k, j)
-        else:
-            sgd_(p, g, lr, seed, "adversary", i, k, j)
-        for host in moments if k == K else ():
-            host.load(j)  # the outer loop's moments come while ω_K is differentiated
-
     for i in range(1, N + 1):
         ids, mask = forget[i - 1]
-        *batches, heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
-        for j in reversed(range(len(params))):  # the order in which the adversary will change them
-            theta.save(j)  # θ waits on the host while the model is ω
+        *x_f, x_heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
+        theta.save()  # ω ← θ
+        moments.save()
+        seen = torch.zeros(3, device=model.device)  # means over k, to be logged
+        for k in range(1, K + 1):
+            loss_f = next_token_loss(model, *x_f[k - 1])
+            with opt.in_backward(k, lr, seed, "adversary", i, k):
+                loss_f.backward()  # ω ← ω - η ∇L(ω; x_f), one parameter at a time
 
-        loss_f, loss_h, above = inner_loop(
-            model, batches, heldout, partial(adversary, i), bound=bound, done=lambda j, p: theta.load(j)
-        )
-        for j, p in enumerate(params):
-            if p.grad is None:
-                theta.load(j)
-            theta.wait(j)  # ω is dropped, θ is back to the bit
-            p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None  # -α φ
+            loss_h = next_token_loss(model, *x_heldout)
+            above = loss_h > chance
+            with theta.load_in_backward(params) if k == K else nullcontext():  # ω's last use: θ comes back
+                (loss_h * ~above if bound else loss_h).backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
+            seen += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
+        moments.load()
+
+        for p in params:  # .grad = -α φ
+            p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None
         loss_r = next_token_loss(model, *retain[i - 1])
-        seen = peek(loss_r + loss_f + loss_h)
-        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
-        check_finite(*seen, i)
-
-        for j, p in reversed([*enumerate(params)]):  # θ ← θ - η (∇L(θ; x_r) - α φ)
-            for host in moments:
-                host.wait(j)
-            if p.grad is not None and adam:
-                adamw_(p, p.grad, m[j], v[j], i, lr, seed, "outer", i, j)
-            elif p.grad is not None:
-                sgd_(p, p.grad, lr, seed, "outer", i, j)
-            for host in moments:
-                host.save(j)
-            p.grad = None
-        log(i, N, retain=loss_r.detach(), adversary=loss_f, heldout=loss_h, bounded=above)
+        check_finite(i, loss_r, seen.sum())
+        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ; a further loss at θ would go here
+        opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
+        log(i, N, retain=loss_r.detach(), adversary=seen[0], heldout=seen[1], bounded=seen[2])
 
 
 def main(args):
-    if args.dry_run:
-        K, batch = min(args.K, 2), partial(Blank, length=args.tokens)  # a third adversary step holds no more
-        moments = 2 * (args.optimizer == "adamw")
-
-        def step(model):
-            if args.rm_steps:
-                random_mapping(model, batch(args.batch), batch(args.batch), steps=1, lr=args.rm_lr)
-            mlac_ar(
-                model, batch((K + 1) * args.batch), batch(args.batch), K=K, N=1, lr=args.lr, alpha=args.alpha,
-                optimizer=args.optimizer,
-            )  # fmt: skip
-
-        dry_run(
-            args, args.model, step,
-            copies={"gradients, φ (.grad)": 1, "two moments of the loop at work": 2 if args.rm_steps else moments},
-            host={"θ": 1, "two moments of the outer loop": moments},
-        )  # fmt: skip
     run = Run(args)
-    mmlu = load_mmlu(args.mmlu) if args.mmlu else None
-    texts_f, texts_r = load_chunks(args.data)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    stream = partial(Stream, tokenizer=tokenizer, length=args.tokens, seed=args.seed, device=model.device)
-    forget = stream(texts_f, size=args.batch, purpose="forget")
-    forget_K = stream(texts_f, size=(args.K + 1) * args.batch, purpose="forget")
-    retain = stream(texts_r, size=args.batch, purpose="retain")
-    run.open(model, tokens=(2 * args.K + 1) * args.batch * args.tokens)
-    if model.device.type == "cuda":
-        model.activation_checkpointing_enable({"use_reentrant": False})
-
-    try:
+    model = run.load(args.model)
+    forget, retain = run.streams(forget=args.batch, retain=args.batch)
+    (forget_K,) = run.streams(forget=(args.K + 1) * args.batch)
+    with run.training(tokens=(2 * args.K + 1) * args.batch * args.tokens, checkpoints=2):
         if args.rm_steps:
             log = partial(run.log, phase="random_mapping")
             random_mapping(model, forget, retain, steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, log=log)
+            run.save(phase="random_mapping", data=args.data)
         mlac_ar(
-            model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
-            bound=args.bound, seed=args.seed, log=partial(run.log, phase="mlac_ar"),
+            model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
+            optimizer=args.optimizer, bound=args.bound, seed=args.seed, log=partial(run.log, phase="mlac_ar"),
         )  # fmt: skip
-    except FloatingPointError as error:
-        run.rescue(model, tokenizer, error)
-
-    base = read_args(args.model).get("base", args.model)
-    run.save(model, tokenizer, parent=args.model, base=base, data=args.data, mmlu=args.mmlu, tiny=args.tiny)
-    if mmlu:
-        summary, answers = score_mmlu(model, tokenizer, mmlu, args.format)
-        write_scores(args.out, summary, answers)
-        print(show_scores(summary))
+    run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")
 
 

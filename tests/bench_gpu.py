@@ -1,4 +1,4 @@
-"""What each method costs at full scale: peak memory, seconds a step, tokens a second, model-FLOP utilisation.
+"""What each method costs at full scale: peak memory, seconds per step, tokens per second, model-FLOP utilisation.
 
     python tests/bench_gpu.py                                           # three models on one 80 GB GPU
     python tests/bench_gpu.py --models llama-2-7b --methods mlac_ar     # the figure that matters, alone
@@ -6,133 +6,109 @@
 Models are made from their configs with random weights, so nothing is downloaded; time and memory do not depend on what
 the weights are. Per model and method, on the scripts' own functions and default batches:
 
-    peak       bytes allocated at most (torch.cuda.max_memory_allocated), beside what the script's --dry-run foretells
+    peak       bytes allocated at most (torch.cuda.max_memory_allocated), next to what the script's --dry-run predicts
     s/step     of the steps after the first, which compiles the update rule
     over plain the step's time over that of as many plain passes (forward and backward of one batch, nothing else) as it
                has: 2K + 1 for MLAC-AR, 2 for the methods with a forget and a retain batch, 1 for Recovery
     tokens/s   of all batches of a step
-    MFU        6 FLOPs a weight (embedding aside) and token over the card's bf16 peak; recomputation is not counted
+    MFU        6 FLOPs per weight (embedding aside) and token over the card's bf16 peak; recomputation is not counted
     waits      times that a step made the host wait for all the device's work, as set_sync_debug_mode sees it
 
-and for scoring questions a second (letters, five shots, prompts as long as MMLU's are on average). Results go to a JSON
-file too. The 7B and 8B models need some 65 GB of host memory. Without a GPU the same is done at toy size on the CPU,
-where peak is counted in live tensors and MFU is not given; those figures say that the bench runs, not what a GPU does.
+and for scoring questions per second (letters, five shots, prompts as long as MMLU's are on average). Results go to a
+JSON file too. The 7B and 8B models need some 65 GB of host memory. Without a GPU the same is done at toy size on the
+CPU, where peak is counted in live tensors and MFU is not given; those figures say that the bench runs, not what a GPU
+does.
 
-Exit status 1, on a GPU, if MLAC-AR on a 7B model holds 70 GB or more, if its step takes more than 1.25 times its plain
+Exit status 1, on a GPU, if MLAC-AR on a 7B model needs 70 GB or more, if its step takes more than 1.25 times its plain
 passes, or if a dry run is more than a tenth off.
 """
 
 import argparse
 import json
+import re
+import subprocess
 import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
-CONFIGS = {  # LlamaConfig's arguments, as the models' config.json has them
+# fmt: off
+CONFIGS = {  # LlamaConfig's arguments, from the models' config.json
     "llama-2-7b": dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     ),
     "llama-3.1-8b": dict(
-        **LLAMA_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+        **LLAMA_3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     ),
     "llama-3.2-1b": dict(
         **LLAMA_3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         head_dim=64, tie_word_embeddings=True,
     ),
-    "toy": dict(
-        vocab_size=4000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4
-    ),
-}  # fmt: skip
+    "toy": dict(vocab_size=4000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4),
+}
 METHODS = ("random_mapping", "adv_probes", "baselines", "mlac_ar", "recover", "evaluate_mmlu")
-PEAK_FLOPS = {  # dense bf16, of the maker's data sheets; the first that is part of the card's name
+PEAK_FLOPS = {  # dense bf16, from the maker's data sheets; the first that is part of the card's name
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
-}  # fmt: skip
+}
+COLUMNS = {  # head: (key of a row, format, unit)
+    "peak GB": ("peak_bytes", ".2f", 1e9), "predicted GB": ("predicted_bytes", ".2f", 1e9),
+    "s/step": ("seconds_per_step", ".3f", 1), "over plain": ("over_plain", ".2f", 1),
+    "tokens/s": ("tokens_per_second", ".0f", 1), "MFU": ("mfu", ".1%", 1), "waits": ("waits", ".0f", 1),
+    "questions/s": ("questions_per_second", ".1f", 1),
+}
+# fmt: on
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add = parser.add_argument
     add("--models", nargs="+", default=[m for m in CONFIGS if m != "toy"], choices=CONFIGS, help="configs to build")
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="what to run")
     add("--K", type=int, default=4, help="adversary steps of MLAC-AR")
-    add("--batch", type=int, default=16, help="texts a batch; Recovery takes four times as many, as by default")
-    add("--tokens", type=int, default=256, help="tokens a text")
+    add("--batch", type=int, default=16, help="texts per batch; Recovery uses four times as many, as by default")
+    add("--tokens", type=int, default=256, help="tokens per text")
     add("--steps", type=int, default=3, help="timed steps of a method")
     add("--out", default="out/bench_gpu.json", help="file of the results")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
-
-import re
-import subprocess
-import tempfile
-import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+    args = parse_args()  # before torch is imported
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
+from timing import CUDA, ROOT, Batches, clock, plain_passes, random_llama, seconds
 from adv_probes import adv_probes
 from baselines import baseline
-from common import LiveBytes, hush, never_packed, score_mmlu
-from mlac_ar import mlac_ar, next_token_loss
+from common import HostCopy, LiveBytes, configure_libraries
+from evaluate_mmlu import score_mmlu
+from mlac_ar import mlac_ar
 from random_mapping import random_mapping
 from recover import finetune
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-
-
-class Batches:
-    """Random full batches, made on the host and sent over, as a Stream does."""
-
-    def __init__(self, size, tokens, vocab):
-        self.shape, self.vocab = (size, tokens), vocab
-
-    def __getitem__(self, i):
-        ids = torch.randint(1, self.vocab, self.shape, generator=torch.Generator().manual_seed(i))
-        ids = (ids.pin_memory() if CUDA else ids).to(DEVICE, non_blocking=True)
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-
-
-def now():
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
 
 def build(name):
-    """A random model of a config, ready to train as the scripts have it."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        config, dtype = LlamaConfig(**CONFIGS[name]), torch.bfloat16 if CUDA else torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """A random model of a config, ready to train as in the scripts."""
+    model = random_llama(torch.bfloat16 if CUDA else torch.float32, **CONFIGS[name])
     if CUDA:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
 def work_of(method, args, vocab):
-    """(run, batch, passes): run(model, steps, log), the script's function; texts a plain pass; plain passes a step."""
+    """(run, batch, passes): run(model, steps, log), the script's function; texts per plain pass; plain passes per step."""
     B, T, K, lr = args.batch, args.tokens, args.K, 1e-6
-    x = Batches(B, T, vocab)
+    x, x_K, pairs = (Batches(n * B, T, vocab) for n in (1, K + 1, 4))
     return {
         "random_mapping": (lambda m, n, log: random_mapping(m, x, x, steps=n, lr=lr, log=log), B, 2),
         "adv_probes": (lambda m, n, log: adv_probes(m, x, x, x, steps=n, lr=lr, log=log), B, 2),
         "baselines": (lambda m, n, log: baseline(m, x, x, method="max_entropy", steps=n, lr=lr, log=log), B, 2),
-        "mlac_ar": (
-            lambda m, n, log: mlac_ar(m, Batches((K + 1) * B, T, vocab), x, K=K, N=n, lr=lr, alpha=1.0, log=log),
-            B,
-            2 * K + 1,
-        ),
-        "recover": (lambda m, n, log: finetune(m, Batches(4 * B, T, vocab), steps=n, lr=lr, log=log), 4 * B, 1),
+        "mlac_ar": (lambda m, n, log: mlac_ar(m, x_K, x, K=K, N=n, lr=lr, alpha=1.0, log=log), B, 2 * K + 1),
+        "recover": (lambda m, n, log: finetune(m, pairs, steps=n, lr=lr, log=log), 4 * B, 1),
     }[method]
 
 
@@ -151,55 +127,48 @@ def count_waits(run, model):
     return marks[1] - marks[0]
 
 
+def live_peak(run, model):
+    """Peak bytes of live tensors in two steps on the CPU, without the copies that a GPU has in host memory."""
+    HostCopy.reserved = 0
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        run(model, 2, lambda *_, **__: None)
+    return live.peak - HostCopy.reserved
+
+
 def measure(method, model, args):
     """The figures of one method on one model."""
     run, batch, passes = work_of(method, args, model.config.vocab_size)
-    marks, stream = [], Batches(batch, args.tokens, model.config.vocab_size)
+    marks, batches, n = [], Batches(batch, args.tokens, model.config.vocab_size), max(passes, 3)
 
-    def plain(n):
-        start = now()
-        for i in range(n):
-            next_token_loss(model, *stream[i]).backward()
-            model.zero_grad()
-        return (now() - start) / n
+    def log(i, steps, **_):  # waits for the device after the first step and at the end: steps overlap as in a real run
+        if i in (1, steps):
+            marks.append(clock())
 
-    def log(i, n, **_):  # one wait after the first step and one at the end: steps overlap as in a real run
-        if i in (1, n):
-            marks.append(now())
-
-    plain(1)
-    before = plain(max(passes, 3))
-    model.zero_grad()
+    plain_passes(model, batches, 1)
+    before = seconds(plain_passes, model, batches, n)
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     run(model, args.steps + 1, log)
-    if CUDA:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            run(model, 2, lambda *_, **__: None)
-        own = sum(p.numel() * p.element_size() for p in model.parameters())
-        peak = live.peak - (3 * own if method == "mlac_ar" else 0)  # what waits in host memory is no GPU's
-    step, pass_ = (marks[1] - marks[0]) / args.steps, (before + plain(max(passes, 3))) / 2
-    tokens = passes * batch * args.tokens
-    weights = sum(p.numel() for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated() if CUDA else live_peak(run, model)
+    step, plain = (marks[1] - marks[0]) / args.steps, (before + seconds(plain_passes, model, batches, n)) / (2 * n)
+    tokens, weights = passes * batch * args.tokens, model.num_parameters()
     if not model.config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.numel()
     card = next((f for name, f in PEAK_FLOPS.items() if CUDA and name in torch.cuda.get_device_name()), None)
     return {
         "peak_bytes": peak,
-        "seconds_a_step": step,
+        "seconds_per_step": step,
         "plain_passes": passes,
-        "over_plain": step / (passes * pass_),
-        "tokens_a_second": tokens / step,
+        "over_plain": step / (passes * plain),
+        "tokens_per_second": tokens / step,
         "mfu": 6 * weights * tokens / step / card if card else None,
         "waits": count_waits(run, model),
     }
 
 
 def measure_scoring(model, subjects=2, questions=64):
-    """Questions a second on made-up questions of MMLU's average length (five shots: about 600 tokens)."""
+    """Questions per second on made-up questions of MMLU's average length (five shots: about 600 tokens)."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests" / "tiny" / "world0" / "base")
     words = [w for w in tokenizer.get_vocab() if w.isalpha() and w.islower()]
     draw = torch.Generator().manual_seed(0)
@@ -208,20 +177,15 @@ def measure_scoring(model, subjects=2, questions=64):
         return " ".join(words[i] for i in torch.randint(len(words), (n,), generator=draw))
 
     made = [(some(45), [some(8) for _ in range(4)], i % 4) for i in range(subjects * (questions + 5))]
-    mmlu = {
-        f"subject {s}": (made[s::subjects][:5], made[s::subjects][5:]) for s in range(subjects)
-    }  # score_mmlu asks for no particular names
+    mmlu = {f"subject {s}": (made[s::subjects][:5], made[s::subjects][5:]) for s in range(subjects)}
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     score_mmlu(model, tokenizer, {"subject 0": mmlu["subject 0"]})
-    start = now()
-    _, answers = score_mmlu(model, tokenizer, mmlu)
-    seconds = now() - start
-    peak = torch.cuda.max_memory_allocated() if CUDA else None
-    return {"questions_a_second": len(answers) / seconds, "peak_bytes": peak}
+    pace = subjects * questions / seconds(score_mmlu, model, tokenizer, mmlu)
+    return {"questions_per_second": pace, "peak_bytes": torch.cuda.max_memory_allocated() if CUDA else None}
 
 
-def foretell(name, method, args):
+def predict(name, method, args):
     """The peak, in bytes, that the script's own --dry-run prints for a config."""
     if method == "evaluate_mmlu":
         return None
@@ -233,48 +197,44 @@ def foretell(name, method, args):
         flags += ["--method", "max_entropy"] if method == "baselines" else []
         flags += ["--batch", str(batch), "--tokens", str(args.tokens), "--dry-run"]
         done = subprocess.run([sys.executable, ROOT / f"{method}.py", *flags], capture_output=True, text=True)
-    if not (found := re.search(r" peak +([\d.]+) GB", done.stdout)):
+    if not (found := re.search(r"(cuda|cpu) +peak +([\d.]+) GB", done.stdout)):
         raise SystemExit(f"{method}.py --dry-run of {name}: {done.stderr}")
-    return float(found[1]) * 1e9
+    return float(found[2]) * 1e9
 
 
-def show(name, method, row):
-    """One line of the table; a dash where there is nothing to say."""
-
-    def cell(key, form, scale=1.0):
-        return format(row[key] / scale, form) if row.get(key) is not None else "–"
-
-    cells = [cell("peak_bytes", ".2f", 1e9), cell("foretold_bytes", ".2f", 1e9), cell("seconds_a_step", ".3f")]
-    cells += [cell("over_plain", ".2f"), cell("tokens_a_second", ".0f"), cell("mfu", ".1%"), cell("waits", ".0f")]
-    print(f"| {name} | {method} | " + " | ".join([*cells, cell("questions_a_second", ".1f")]) + " |", flush=True)
+def faults(name, method, row):
+    """What is wrong with a row, as sentences."""
+    predicted, first = row["predicted_bytes"], CUDA and name == "llama-2-7b" and method == "mlac_ar"
+    if predicted and abs(predicted / row["peak_bytes"] - 1) > 0.1:
+        yield f"{name} {method}: the dry run is more than a tenth off"
+    if first and row["peak_bytes"] >= 70e9:
+        yield "MLAC-AR needs 70 GB or more"
+    if first and row["over_plain"] > 1.25:
+        yield "an outer step takes over 1.25 times its plain passes"
 
 
 def main(args):
-    hush()
-    never_packed()
+    configure_libraries()
     if not CUDA:
         print("no GPU here: the same at toy size on the CPU, in float32", flush=True)
         args.models, args.batch, args.tokens = ["toy"], 4, 64
     where = torch.cuda.get_device_name() if CUDA else "CPU"
     cells = [(name, method) for name in args.models for method in args.methods]
     with ThreadPoolExecutor(4 if CUDA else 1) as pool:  # before anything is timed
-        told = dict(zip(cells, pool.map(lambda cell: foretell(*cell, args), cells)))
+        predicted = dict(zip(cells, pool.map(lambda cell: predict(*cell, args), cells)))
     print(f"{where}, torch {torch.__version__}, {args.batch} x {args.tokens} tokens, K = {args.K}\n")
-    print("| model | method | peak GB | foretold GB | s/step | over plain | tokens/s | MFU | waits | questions/s |")
-    print("|---" * 10 + "|", flush=True)
+    print("| model | method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|", flush=True)
     rows, bad = [], []
     for name in args.models:
         model = build(name)
         for method in args.methods:
             row = measure_scoring(model) if method == "evaluate_mmlu" else measure(method, model, args)
-            row["foretold_bytes"] = told[name, method]
-            show(name, method, row)
+            row["predicted_bytes"] = predicted[name, method]
+            found = [(row.get(key), form, unit) for key, form, unit in COLUMNS.values()]
+            shown = [format(value / unit, form) if value is not None else "–" for value, form, unit in found]
+            print(f"| {name} | {method} | " + " | ".join(shown) + " |", flush=True)
             rows.append({"model": name, "method": method, **row})
-            if row["foretold_bytes"] and abs(row["foretold_bytes"] / row["peak_bytes"] - 1) > 0.1:
-                bad.append(f"{name} {method}: the dry run is more than a tenth off")
-            if CUDA and name == "llama-2-7b" and method == "mlac_ar":
-                bad += ["MLAC-AR holds 70 GB or more"] if row["peak_bytes"] >= 70e9 else []
-                bad += ["an outer step takes over 1.25 times its plain passes"] if row["over_plain"] > 1.25 else []
+            bad += faults(name, method, row)
         del model
         if CUDA:
             torch.cuda.empty_cache()

@@ -6,7 +6,12 @@
 Takes a random-weight Llama of 3 M parameters and a byte-level tokenizer trained on the CSVs (or --ckpt), and asks
 both programs the same questions: lm-evaluation-harness's tasks `mmlu` and `mmlu_continuation` with their own
 templates, five shots, read from local files. Two answers may differ only where the best two options lie within 1e-3
-(of log-probability; by byte for cloze) in one of them. Exit status 1 if others differ.
+(of log-probability; per byte for cloze) in one of them. Exit status 1 if others differ.
+
+Two ratios of seconds are printed. `evaluation` is from questions to answers, which is what the harness' own figures
+are about: prompts, tokens, forward passes; both sides in this process, subjects in ten groups, timed in turn. `process`
+is all that a user waits for: imports, loading of the model and the questions, evaluation; evaluate_mmlu.py, whose
+answers are the ones compared, is then a process of its own. Set OMP_NUM_THREADS: both sides use as many threads.
 """
 
 import argparse
@@ -17,14 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add = parser.add_argument
     add("--mmlu", required=True, help="folder of MMLU's CSVs: dev/, val/, test/")
     add("--split", default="validation", choices=("test", "validation"), help="questions to ask")
@@ -36,8 +37,9 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = parse_args()  # before torch is imported
 
+START = time.perf_counter()
 try:
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
@@ -45,26 +47,23 @@ try:
 except ImportError:
     print('bench_mmlu.py: lm-evaluation-harness is not installed; pip install "lm_eval[hf]"', file=sys.stderr)
     raise SystemExit(2) from None
-import torch
+IMPORTING = time.perf_counter() - START
+
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import load_mmlu
+from timing import DEVICE, ROOT, clock, median_ratio, random_llama, seconds
+from common import load_model
 from conftest import bpe
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from evaluate_mmlu import load_mmlu, score_mmlu
 
 
 def make_model(folder, mmlu):
     """A random Llama whose letters' log-probabilities differ from question to question."""
     texts = [q + " " + " ".join(c) for shots, asked in mmlu.values() for q, c, _ in shots + asked]
     tokenizer = bpe(texts, size=3000)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=8192, initializer_range=0.12, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    more = dict(max_position_embeddings=8192, initializer_range=0.12, bos_token_id=0, eos_token_id=0)
+    random_llama(vocab_size=len(tokenizer), **sizes, **more).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -87,40 +86,41 @@ def harness_tasks(mmlu, form, folder):
     return tasks
 
 
-def harness(ckpt, mmlu, form, batch):
-    """{(subject, index): four log-probabilities} by lm-evaluation-harness, and the seconds of its evaluation."""
-    model = HFLM(pretrained=str(ckpt), batch_size=batch, dtype="float32", max_length=8192, device=DEVICE)
-    with tempfile.TemporaryDirectory() as folder:
-        tasks = harness_tasks(mmlu, form, folder)
-        start = time.perf_counter()
-        result = lm_eval.evaluate(lm=model, task_dict={t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
-        seconds = time.perf_counter() - start
+def ask_harness(lm, tasks):
+    """{(subject, index): four log-probabilities} by lm-evaluation-harness."""
+    result = lm_eval.evaluate(lm=lm, task_dict={t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
     found = {}
     for subject, task in tasks.items():
         for sample in result["samples"][task.config.task]:
             found[subject, sample["doc_id"]] = [float(r[0]) for r in sample["filtered_resps"]]
-    return found, seconds
+    return found
 
 
-def ours(ckpt, args, mmlu, form):
-    """The same by evaluate_mmlu.py, as a user runs it; the seconds are of the whole process, loading included."""
+def in_groups(ckpt, mmlu, form, batch):
+    """The harness' answers, [(its seconds, ours) of each group of subjects] and the seconds that it took to load."""
+    found, times = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        start = clock()
+        lm = HFLM(pretrained=str(ckpt), batch_size=batch, dtype="float32", max_length=8192, device=DEVICE)
+        tasks = harness_tasks(mmlu, form, folder)
+        loading = IMPORTING + clock() - start
+        model, tokenizer = load_model(ckpt, "float32")
+        for names in [[*mmlu][i::10] for i in range(min(10, len(mmlu)))]:
+            start = clock()
+            found |= ask_harness(lm, {name: tasks[name] for name in names})
+            slow = clock() - start
+            times.append((slow, seconds(score_mmlu, model, tokenizer, {name: mmlu[name] for name in names}, form)))
+    return found, times, loading
+
+
+def ask_ours(ckpt, args, mmlu, form):
+    """The same answers by evaluate_mmlu.py, run as a user runs it."""
     with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable,
-            ROOT / "evaluate_mmlu.py",
-            "--ckpt",
-            ckpt,
-            "--mmlu",
-            args.mmlu,
-            "--split",
-            args.split,
-        ]
-        start = time.perf_counter()
-        subprocess.run([*command, "--format", form, "--out", out, "--subjects", *mmlu], check=True)
-        seconds = time.perf_counter() - start
-        lines = next(Path(out).glob("mmlu*.jsonl")).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {(r["subject"], r["index"]): r["logprobs"] for r in rows}, seconds
+        command = [sys.executable, ROOT / "evaluate_mmlu.py", "--ckpt", ckpt, "--mmlu", args.mmlu, "--out", out]
+        command += ["--split", args.split, "--format", form, "--dtype", "float32", "--subjects", *mmlu]
+        subprocess.run(command, check=True)
+        rows = [json.loads(line) for line in next(Path(out).glob("mmlu*.jsonl")).read_text().splitlines()]
+    return {(r["subject"], r["index"]): r["logprobs"] for r in rows}
 
 
 def compare(a, b, mmlu, form):
@@ -149,10 +149,16 @@ def main(args):
             make_model(folder, mmlu)
         ckpt = args.ckpt or folder
         for form in args.format:
-            theirs, slow = harness(ckpt, mmlu, form, args.batch)
-            mine, fast = ours(ckpt, args, mmlu, form)
+            theirs, times, loading = in_groups(ckpt, mmlu, form, args.batch)
+            start = clock()
+            mine = ask_ours(ckpt, args, mmlu, form)
+            whole = clock() - start
             wrong += compare(mine, theirs, mmlu, form)
-            print(f"{form}: lm-evaluation-harness {slow:.0f} s, evaluate_mmlu.py {fast:.0f} s, ratio {slow / fast:.1f}")
+            (slow, fast), ratios = map(sum, zip(*times)), sorted(a / b for a, b in times)
+            say = "{}: {}: lm-evaluation-harness {:.1f} s, evaluate_mmlu.py {:.1f} s, ratio {:.1f}".format
+            spread = f"(groups: {ratios[0]:.1f} to {ratios[-1]:.1f}, median {median_ratio(times):.1f})"
+            print(say(form, "evaluation", slow, fast, slow / fast), spread)
+            print(say(form, "process", loading + slow, whole, (loading + slow) / whole), flush=True)
     raise SystemExit(int(wrong > 0))
 
 

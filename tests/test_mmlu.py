@@ -1,108 +1,150 @@
-"""Prompts to the character, scores against a plain forward pass over the whole prompt, aggregates in closed form."""
+"""MMLU: prompts to the character, scores against plain forward passes, accuracies in closed form, files."""
 
-import csv
 import math
+import warnings
 
 import pytest
 import torch
-from conftest import KINDS, bpe, spm_like, toy_model
+from conftest import KINDS, ROOT, WORLD, bpe, spm_like, toy_model, write_csvs
+from test_scripts import refused
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import common
-from common import load_mmlu, plan, prompt, run_rows, score_mmlu, summarise
+from evaluate_mmlu import encode, kept_scores, prompt, score_mmlu, summarise, write_scores
 
+FORMS = ("letter", "cloze")
 SHOT = (" Which is a cell? ", ["  rock", "a cell", "None", "sky "], 1)
 ASKED = ("What holds DNA?\nThink.", ["nucleus", "rock", "None", "sky"], 0)
+LETTER = (
+    "The following are multiple choice questions (with answers) about college biology.\n\n"
+    "Which is a cell?\nA.   rock\nB. a cell\nC. None\nD. sky \nAnswer: B\n\n|"
+    "What holds DNA?\nThink.\nA. nucleus\nB. rock\nC. None\nD. sky\nAnswer:| A| B| C| D"
+)
+CLOZE = (
+    "The following are questions (with answers) about college biology.\n\nQuestion: Which is a cell?\n"
+    "Answer: a cell\n\n|Question: What holds DNA?\nThink.\nAnswer:| nucleus| rock| None| sky"
+)
 
 
-def test_letter_prompt_to_the_character():
-    text, ends = prompt("college_biology", [SHOT], ASKED, "letter")
-    assert text == (
-        "The following are multiple choice questions (with answers) about college biology.\n\n"
-        "Which is a cell?\nA.   rock\nB. a cell\nC. None\nD. sky \nAnswer: B\n\n"
-        "What holds DNA?\nThink.\nA. nucleus\nB. rock\nC. None\nD. sky\nAnswer:"
-    )
-    assert ends == [" A", " B", " C", " D"]
-
-
-def test_cloze_prompt_to_the_character():
-    text, ends = prompt("college_biology", [SHOT], ASKED, "cloze")
-    assert text == (
-        "The following are questions (with answers) about college biology.\n\n"
-        "Question: Which is a cell?\nAnswer: a cell\n\nQuestion: What holds DNA?\nThink.\nAnswer:"
-    )
-    assert ends == [" nucleus", " rock", " None", " sky"]
+@pytest.mark.parametrize("form, expected", [("letter", LETTER), ("cloze", CLOZE)])
+def test_prompt_to_the_character(form, expected):
+    head, rest, ends = prompt("college_biology", [SHOT], ASKED, form)
+    assert "|".join([head, rest, *ends]) == expected
 
 
 def words(mmlu):
-    return [q + " ".join(c) for shots, asked in mmlu.values() for q, c, _ in shots + asked]
+    """Texts to train a tokenizer on that makes one token of each letter."""
+    texts = [q + " ".join(choices) for shots, asked in mmlu.values() for q, choices, _ in shots + asked]
+    return texts + [" A B C D"] * 500
+
+
+def joining(*merges):
+    """A function that makes a BPE of the characters of texts with these merges and no pre-tokenizer."""
+
+    def make(texts):
+        joined = ["".join(pair) for pair in merges]
+        vocab = {w: i for i, w in enumerate([*sorted(set("".join(texts + joined))), *joined])}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, list(merges))))
+
+    return make
+
+
+class Counted:
+    """A tokenizer that keeps the texts it is called with."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.texts = tokenizer, []
+
+    def __call__(self, texts, **more):
+        self.texts += [texts] if isinstance(texts, str) else texts
+        return self.tokenizer(texts, **more)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+TOKENIZERS = {
+    "bpe": bpe,
+    "bpe of another text": lambda texts: bpe([(ROOT / "README.md").read_text()], size=1000),
+    "no BOS": lambda texts: bpe(texts, bos=None),
+    "as Llama-2": lambda texts: spm_like(),  # of the two tokens of " A" alone, one follows a prompt
+    "as Llama-3": joining(("\n", "\n"), (".", "\n\n")),
+    "the miniature's": lambda texts: AutoTokenizer.from_pretrained(WORLD / "base"),
+    "crossing": joining(("\n", "T"), ("\n", "Q")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_encode_gives_the_ids_of_whole_prompts(name, form, mmlu):
+    """And tokenises the head once, unless a token crosses its end before one question ("T") or all ("Q")."""
+    shots, questions = mmlu["astronomy"]
+    shots = [*shots[:4], ("Which is last?", ["it.", "b", "c", "d"], 0)]  # Llama-3 makes one token of ".\n\n"
+    questions = [*questions[:3], ("Think of Mars?", ["1", "2", "3", "4"], 0), *questions[3:]]
+    asked = [prompt("astronomy", shots, q, form) for q in questions]
+    head, rests = asked[0][0], [rest + end for _, rest, ends in asked for end in ("", *ends)]
+    texts = [head + rest for rest in rests]
+    tokenizer = Counted(TOKENIZERS[name](texts))
+    alone, *whole = tokenizer.tokenizer([head, *texts], add_special_tokens=False).input_ids
+    assert encode(tokenizer, head, rests) == whole
+    crosses = name == "crossing"
+    assert any(ids[: len(alone)] != alone for ids in whole) == crosses  # control
+    assert (sum(map(len, tokenizer.texts)) > sum(map(len, texts)) / 2) == crosses
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kept_prompts_are_not_tokenised_again(form, mmlu):
+    tokenizer, plans = Counted(bpe(words(mmlu))), {}
+    model, other = (toy_model(vocab=300, seed=seed).train() for seed in (0, 1))
+    first = score_mmlu(model, tokenizer, mmlu, form, plans=plans)
+    assert any("Which" in text for text in tokenizer.texts) and model.training
+    tokenizer.texts.clear()
+    assert score_mmlu(model, tokenizer, mmlu, form, plans=plans) == first
+    found = score_mmlu(other, tokenizer, mmlu, form, plans=plans)
+    assert not any("Which" in text for text in tokenizer.texts)
+    assert first != found == score_mmlu(other, tokenizer, mmlu, form)  # prompts are kept, not scores
 
 
 def plain_scores(model, tokenizer, mmlu, form):
-    """The same log-probabilities with one forward pass over each whole prompt + continuation, no cache, no batch."""
+    """The same log-probabilities, by one forward pass over each whole prompt and continuation."""
     found = []
     for subject, (shots, questions) in mmlu.items():
         for q in questions:
-            text, ends = prompt(subject, shots, q, form)
-            ids = tokenizer(text).input_ids
+            head, rest, ends = prompt(subject, shots, q, form)
+            start = len(tokenizer(head + rest).input_ids)
             for end in ends:
-                whole = tokenizer(text + end).input_ids
-                logp = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
-                found.append(sum(logp[t - 1, whole[t]].item() for t in range(len(ids), len(whole))))
+                ids = tokenizer(head + rest + end).input_ids
+                logp = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+                found.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
     return torch.tensor(found).view(-1, 4)
 
 
-@pytest.mark.parametrize("form", ["letter", "cloze"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_batched_scores_are_the_plain_ones(kind, form, mmlu):
-    tokenizer = bpe(words(mmlu))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind, name", [*zip(KINDS, ["bpe"] * 5), ("llama", "no BOS"), ("llama", "as Llama-2")]
+)
+def test_cached_batched_scores_are_the_plain_ones(kind, name, form, mmlu):
+    tokenizer = TOKENIZERS[name](words(mmlu))
     model = toy_model(kind, vocab=len(tokenizer), initializer_range=0.5)
     with torch.no_grad():
         expected = plain_scores(model, tokenizer, mmlu, form)
     for budget in (2500, 100_000):
-        _, answers = score_mmlu(model, tokenizer, mmlu, form, budget)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # what transformers is about to remove
+            _, answers = score_mmlu(model, tokenizer, mmlu, form, budget)
         got = torch.tensor([a["logprobs"] for a in answers])
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     assert expected.std() > 0.1  # control: the scores do differ
 
 
-def test_scores_do_not_depend_on_the_order_of_questions(mmlu):
-    tokenizer = bpe(words(mmlu))
-    model = toy_model(vocab=len(tokenizer), initializer_range=0.5)
-    turned = {s: (shots, asked[::-1]) for s, (shots, asked) in reversed(mmlu.items())}
-    a, b = (score_mmlu(model, tokenizer, x)[1] for x in (mmlu, turned))
-    key = {(r["subject"], 5 - r["index"]): r for r in b}
-    for r in a:
-        other = key[r["subject"], r["index"]]
-        assert r["prediction"] == other["prediction"]
-        torch.testing.assert_close(torch.tensor(r["logprobs"]), torch.tensor(other["logprobs"]), atol=1e-4, rtol=0)
-
-
-def test_the_shots_are_run_once_a_subject(mmlu):
-    tokenizer = bpe(words(mmlu))
+def test_the_shots_are_computed_once_per_subject(mmlu):
+    tokenizer, plans, seen = bpe(words(mmlu)), {}, []
     model = toy_model(vocab=len(tokenizer))
-    shots, questions = mmlu["astronomy"]
-    rows = plan(tokenizer, "astronomy", shots, questions, "letter")
-    seen = []
-    hook = model.base_model.register_forward_pre_hook(lambda m, args: seen.append(args[0].numel()))
-    with torch.no_grad():
-        list(run_rows(model, rows, 100_000))
-    hook.remove()
-    whole = sum(len(row[2]) for row in rows)
-    assert len(seen) == 2 and sum(seen) < whole / 2
-
-
-def test_letters_ids_are_those_that_follow_the_prompt(mmlu):
-    tokenizer = spm_like()
-    assert len(tokenizer(" A", add_special_tokens=False).input_ids) == 2  # Llama-2's way: " A" alone is two tokens
-    rows = plan(tokenizer, "astronomy", *mmlu["astronomy"], "letter")
-    assert all(tokenizer.convert_ids_to_tokens(row[4][0]) == ["▁A", "▁B", "▁C", "▁D"] for row in rows)
-    assert all(row[2].count(tokenizer.bos_token_id) == 1 and row[2][0] == tokenizer.bos_token_id for row in rows)
-
-
-def test_no_bos_where_the_tokenizer_adds_none(mmlu):
-    tokenizer = bpe(words(mmlu), bos=None)
-    rows = plan(tokenizer, "astronomy", *mmlu["astronomy"], "letter")
-    assert tokenizer.decode(rows[0][2]).startswith("The following")
+    model.base_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    score_mmlu(model, tokenizer, {"astronomy": mmlu["astronomy"]}, budget=100_000, plans=plans)
+    lengths = [len(row.ids) for row in plans["astronomy", "letter"]]
+    assert len(lengths) == 6  # a question is one row: its four letters follow the same text
+    assert len(seen) == 2 and sum(seen) < sum(lengths) / 2
 
 
 def test_bf16_scores_do_not_tie(mmlu):
@@ -110,85 +152,52 @@ def test_bf16_scores_do_not_tie(mmlu):
     model = toy_model(vocab=len(tokenizer), dtype=torch.bfloat16, initializer_range=0.02)
     _, answers = score_mmlu(model, tokenizer, mmlu)
     assert all(len(set(a["logprobs"])) == 4 for a in answers)
-    hidden = torch.randn(5000, 16).bfloat16()
-    coarse = model.lm_head(hidden)[:, 5:9]
+    coarse = model.lm_head(torch.randn(5000, 16).bfloat16())[:, 5:9]
     assert any(len(set(row.tolist())) < 4 for row in coarse)  # control: bf16 logits do
 
 
-def test_summary_in_closed_form():
-    def rows(subject, right, n):
-        return [{"subject": subject, "prediction": "A" if i < right else "B", "answer": "A"} for i in range(n)]
-
-    s = summarise(rows("high_school_biology", 5, 10) + rows("college_biology", 3, 4) + rows("astronomy", 2, 8))
-    assert s["forget"]["acc"] == pytest.approx((5 / 10 + 3 / 4) / 2) and s["forget"]["micro"] == pytest.approx(8 / 14)
-    spread = 0.25 / 9 + 0.75 * 0.25 / 3
-    assert s["forget"]["se"] == pytest.approx(math.sqrt(spread) / 2)
-    assert s["forget"]["micro_se"] == pytest.approx(math.sqrt(8 / 14 * 6 / 14 / 13))
-    assert s["retain"]["acc"] == 0.25 and s["forget"]["n"] == 14
-    assert s["letters"] == pytest.approx({"A": 10 / 22, "B": 12 / 22, "C": 0, "D": 0})
-
-
-def test_cloze_compares_by_byte(mmlu):
-    """Of two options with the same log-probability a token, the longer text wins: it says more a byte."""
-    tokenizer = bpe(words(mmlu))
+def test_cloze_compares_per_byte(mmlu):
+    """Where all tokens, here characters, are equally likely: log-probabilities are minus their number."""
+    choices = ["ab", "abcdefgh", "жж", "abc"]  # fewest tokens in all: A; per character: B; per byte: C
+    tokenizer = joining()(words(mmlu) + choices)
     model = toy_model(vocab=len(tokenizer))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    _, answers = score_mmlu(model, tokenizer, mmlu, "cloze")
-    for a in answers:
-        question = mmlu[a["subject"]][1][a["index"]]
-        counts = [len(tokenizer(" " + c, add_special_tokens=False).input_ids) for c in question[1]]
-        per_byte = [n / len(c.encode()) for n, c in zip(counts, question[1])]
-        assert a["prediction"] == "ABCD"[min(range(4), key=per_byte.__getitem__)]
+    torch.nn.init.zeros_(model.lm_head.weight)
+    asked = {"astronomy": (mmlu["astronomy"][0], [("Which?", choices, 2)])}
+    _, (answer,) = score_mmlu(model, tokenizer, asked, "cloze")
+    expected = [-n * math.log(len(tokenizer)) for n in (3, 9, 3, 4)]  # a space begins each
+    assert answer["logprobs"] == pytest.approx(expected, abs=1e-4) and answer["prediction"] == "C"
 
 
-# ---- files
+def test_summary_in_closed_form():
+    right = {"high_school_biology": (5, 10), "college_biology": (3, 4), "astronomy": (2, 8)}
+    answers = [(s, "A" if i < k else "B") for s, (k, n) in right.items() for i in range(n)]
+    found = summarise([{"subject": s, "prediction": x, "answer": "A"} for s, x in answers])
+    se, micro_se = math.sqrt(0.25 / 9 + 0.75 * 0.25 / 3) / 2, math.sqrt(8 / 14 * 6 / 14 / 13)
+    forget = {"acc": (5 / 10 + 3 / 4) / 2, "se": se, "n": 14, "micro": 8 / 14, "micro_se": micro_se}
+    assert found["forget"] == pytest.approx(forget) and found["retain"]["acc"] == 0.25
+    assert found["letters"] == pytest.approx({"A": 10 / 22, "B": 12 / 22, "C": 0, "D": 0})
 
 
-def write(folder, mmlu):
-    for subject, parts in mmlu.items():
-        for kind, rows in zip(("dev", "test"), parts):
-            path = folder / kind / f"{subject}_{kind}.csv"
-            path.parent.mkdir(exist_ok=True, parents=True)
-            with open(path, "w", newline="") as f:
-                csv.writer(f).writerows([q, *choices, "ABCD"[a]] for q, choices, a in rows)
-
-
-def test_csvs_are_read_as_they_are_written(tmp_path, mmlu):
-    write(tmp_path, mmlu)
-    got = load_mmlu(tmp_path)
-    assert got == {s: (shots, asked) for s, (shots, asked) in sorted(mmlu.items())}
-    assert got["astronomy"][1][0][1][1] == "None"
-
-
-def break_answer(folder):
-    path = folder / "test" / "astronomy_test.csv"
-    path.write_text(path.read_text().replace(",B\r\n", ",E\r\n").replace(",B\n", ",E\n"))
-
-
-def shorten_dev(folder):
-    path = folder / "dev" / "astronomy_dev.csv"
-    path.write_text("".join(path.read_text().splitlines(True)[:4]))
+def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
+    summary, answers = score_mmlu(toy_model(vocab=300), bpe(words(mmlu)), mmlu)
+    write_scores(tmp_path, summary, answers)
+    fewer = {s: (shots, asked[1:]) for s, (shots, asked) in mmlu.items()}
+    kept = [kept_scores(tmp_path, *x) for x in ((mmlu, "letter"), (mmlu, "cloze"), (fewer, "letter"))]
+    assert kept == [summary, None, None]
 
 
 @pytest.mark.parametrize(
-    "damage, says",
+    "file, damage, says",
     [
-        (lambda f: (f / "test" / "astronomy_test.csv").unlink(), "astronomy_test.csv is missing"),
-        (lambda f: (f / "dev" / "astronomy_dev.csv").unlink(), "astronomy_dev.csv is missing"),
-        (lambda f: (f / "test" / "college_biology_test.csv").unlink(), "college_biology_test.csv is missing"),
-        (break_answer, "a letter A to D"),
-        (shorten_dev, "five shots need five"),
+        ("test/astronomy_test.csv", None, "astronomy_test.csv is missing"),
+        ("dev/astronomy_dev.csv", None, "astronomy_dev.csv is missing"),
+        ("*/college_biology_*.csv", None, "college_biology_dev.csv is missing"),
+        ("test/astronomy_test.csv", lambda text: text.replace(",B\n", ",E\n"), "a letter A to D"),
+        ("dev/astronomy_dev.csv", lambda text: "".join(text.splitlines(True)[:4]), "five shots need five"),
     ],
 )
-def test_a_broken_folder_ends_in_one_line(tmp_path, mmlu, damage, says, capsys):
-    write(tmp_path, mmlu)
-    damage(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        load_mmlu(tmp_path)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and error.count("\n") == 1
-
-
-def test_all_57_subjects_are_named():
-    assert len(set(common.SUBJECTS)) == 57 and set(common.FORGET) < set(common.SUBJECTS)
+def test_a_broken_folder_ends_in_one_line(tmp_path, mmlu, file, damage, says, capsys):
+    write_csvs(tmp_path, mmlu)
+    for path in tmp_path.glob(file):
+        path.write_text(damage(path.read_text())) if damage else path.unlink()
+    refused(capsys, "evaluate_mmlu", "--ckpt", WORLD / "base", "--mmlu", tmp_path, says=says)

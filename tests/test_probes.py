@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import bpe, spm_like, toy_model
-from test_methods import TEXTS, batches
+from conftest import Batches, bpe, spm_like, toy_model
+from test_methods import TEXTS
 
 import adv_probes as P
 import baselines as B
-from common import Stream
+from common import Stream, next_token_loss
 
 
 # ---- sliced Wasserstein
@@ -31,7 +31,9 @@ def test_sliced_wasserstein_closed_forms():
     # between N(0, 1) and N(0, 4) on a line: (2 - 1)²
     a, b = (torch.randn(100000, 1, generator=rng, dtype=torch.float64) * s for s in (1, 2))
     torch.testing.assert_close(
-        P.sliced_wasserstein(a, b, torch.ones(1, 1, dtype=torch.float64), torch.ones(100000, dtype=torch.bool)).item(),
+        P.sliced_wasserstein(
+            a, b, torch.ones(1, 1, dtype=torch.float64), torch.ones(100000, dtype=torch.bool)
+        ).item(),
         1.0,
         rtol=0.03,
         atol=0,
@@ -50,9 +52,11 @@ def test_swd_loss_is_small_on_noise_and_large_on_a_point():
     assert P.swd_loss([spoilt], mask, 0) < 0.02
 
 
-# ---- critics
+# ---- probes
 
-AXIS = torch.tensor([0.25, -0.25] * 8)  # of unit length; along equal numbers the critics' first layer norm sees nothing
+AXIS = torch.tensor(
+    [0.25, -0.25] * 8
+)  # of unit length; along equal numbers the probes' first layer norm sees nothing
 
 
 def gaussians(shift, n=64, T=9, D=16, seed=0):
@@ -62,49 +66,49 @@ def gaussians(shift, n=64, T=9, D=16, seed=0):
 
 
 def trained(shift, steps=60):
-    critics = P.make_critics(1, 16, 64, seed=0)
-    optimizer = torch.optim.RMSprop(critics.parameters(), lr=1e-3)
+    probes = P.make_probes(1, 16, 64, seed=0)
+    optimizer = torch.optim.RMSprop(probes.parameters(), lr=1e-3)
     mask = torch.ones(64, 9, dtype=torch.bool)
     for i in range(steps):
         h_m, h_f = gaussians(shift, seed=i)
-        P.critic_step(critics, optimizer, [h_m], [h_f], mask)
-    return critics, optimizer, mask
+        P.probe_step(probes, optimizer, [h_m], [h_f], mask)
+    return probes, optimizer, mask
 
 
-def test_a_critic_separates_shifted_gaussians_and_not_equal_ones():
+def test_a_probe_separates_shifted_gaussians_but_not_identical_ones():
     gaps = {}
     for shift in (0, 3):
-        critics, _, mask = trained(shift)
+        probes, _, mask = trained(shift)
         with torch.no_grad():
-            gaps[shift] = P.score_gap(critics[0], *gaussians(shift, seed=1000), mask).item()
+            gaps[shift] = P.score_gap(probes[0], *gaussians(shift, seed=1000), mask).item()
     assert gaps[3] > 0.2 and abs(gaps[0]) < gaps[3] / 10
-    linear = [m for m in critics.modules() if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in probes.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linear) == 3 and all(m.weight.abs().max() <= 0.1 for m in linear)
 
 
-def test_trained_against_a_critic_the_shifted_gaussian_moves_onto_the_other():
-    critics, optimizer, mask = trained(3)
+def test_trained_against_a_probe_the_shifted_gaussian_moves_onto_the_other():
+    probes, optimizer, mask = trained(3)
     push = torch.zeros(16, requires_grad=True)
     mover = torch.optim.Adam([push], lr=0.03, betas=(0.0, 0.9))
     away = [3.0]
     for i in range(150):
         h_m, h_f = gaussians(3, seed=i)
         for _ in range(3):
-            P.critic_step(critics, optimizer, [h_m], [(h_f + push).detach()], mask)
+            P.probe_step(probes, optimizer, [h_m], [(h_f + push).detach()], mask)
         mover.zero_grad()
-        P.score_gap(critics[0], h_m, h_f + push, mask).backward()
+        P.score_gap(probes[0], h_m, h_f + push, mask).backward()
         mover.step()
         away.append((3 * AXIS + push).norm().item())
     assert sum(away[75:]) / 76 < 1.5 and min(away) < 0.5  # it circles around the other one, as such games do
 
 
 def test_score_gap_leaves_bos_and_pads_out():
-    critic = torch.nn.Linear(16, 1)
+    probe = torch.nn.Linear(16, 1)
     h_m, h_f = gaussians(1)
     mask = torch.ones(64, 9, dtype=torch.bool)
     mask[:, 7:] = False
-    expected = (critic(h_m) - critic(h_f))[:, 1:7].mean()
-    torch.testing.assert_close(P.score_gap(critic, h_m, h_f, mask), expected)
+    expected = (probe(h_m) - probe(h_f))[:, 1:7].mean()
+    torch.testing.assert_close(P.score_gap(probe, h_m, h_f, mask), expected)
 
 
 # ---- match texts and the loop
@@ -116,7 +120,7 @@ def test_match_texts_are_as_long_as_the_rows_of_F(kind, make):
     tokenizer = make()
     texts = P.match_texts(kind, 32, seed=0, n=40)
     assert len(set(texts)) == 40 and texts == P.match_texts(kind, 32, 0, 40) != P.match_texts(kind, 32, 1, 40)
-    match = Stream(texts, tokenizer, size=8, length=32, seed=0, purpose="match", device="cpu")
+    match = Stream(texts, tokenizer, batch=8, tokens=32, seed=0, purpose="match", device="cpu")
     assert {len(match.encode(j)) for j in range(40)} == {32}
 
 
@@ -124,40 +128,54 @@ def test_idk_is_a_hundred_phrasings():
     assert len(set(P.IDK)) == 100 and all(p[0].isupper() and p[-1] == "." for p in P.IDK)
 
 
-class Stay:
-    """The same batch at every step."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __getitem__(self, i):
-        return self.batch
-
-
 def short_run(model=None, steps=3, match=True, **more):
     model, seen = model or toy_model(), []
-    full = torch.randint(1, 60, (8, 20), generator=torch.Generator().manual_seed(5))
+    match = Batches(8, 20, seed=5, full=True, same=True) if match else None
     P.adv_probes(
-        model, Stay(batches(8, seed=1)[0]), Stay(batches(8, seed=2)[0]), Stay((full, full > 0)) if match else None,
-        **dict(steps=steps, lr=1e-2, probe_width=32, probe_lr=1e-3) | more, log=lambda i, n, **v: seen.append(v),
+        model, Batches(8, seed=1, same=True), Batches(8, seed=2, same=True), match,
+        **dict(steps=steps, lr=1e-2, probe_width=32, probe_lr=1e-3) | more,
+        log=lambda i, n, **v: seen.append(v),
     )  # fmt: skip
     return model, seen
 
 
-def test_one_model_step_is_three_passes_whatever_the_critic_steps():
+def test_one_model_step_is_three_passes_whatever_the_probe_steps():
     for probe_steps in (1, 5):
         model, inputs = toy_model(), []
-        model.base_model.register_forward_pre_hook(lambda _, __, kw: inputs.append(kw["input_ids"]), with_kwargs=True)
+        model.base_model.register_forward_pre_hook(
+            lambda _, __, kw: inputs.append(kw["input_ids"]), with_kwargs=True
+        )
         short_run(model, steps=2, probe_steps=probe_steps)
         assert len(inputs) == 2 * 3
-        ids, mask = batches(8, seed=1)[0]
+        ids, mask = Batches(8, seed=1)[0]
         assert torch.equal(inputs[1] != 0, mask)  # M's rows end where F's rows end
 
 
-def test_frozen_weights_stay_to_the_bit_and_others_move():
+def test_frozen_weights_thaw_when_a_run_fails():
+    model = toy_model()
+
+    def stop(*_, **__):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        P.adv_probes(model, Batches(4), Batches(4), None, steps=1, lr=1e-3, log=stop)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_making_probes_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    a, b = P.make_probes(1, 16, 8, seed=1), P.make_probes(1, 16, 8, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_frozen_weights_are_unchanged_and_others_move():
     for freeze in (True, False):
         before, (model, _) = toy_model(), short_run(freeze=freeze)
-        moved = {n for (n, a), b in zip(before.named_parameters(), model.parameters()) if not torch.equal(a, b)}
+        moved = {
+            n for (n, a), b in zip(before.named_parameters(), model.parameters()) if not torch.equal(a, b)
+        }
         ends = {"model.embed_tokens.weight", "lm_head.weight"}
         assert moved & ends == (set() if freeze else ends) and len(moved) > 10
         assert all(p.requires_grad for p in model.parameters())
@@ -168,9 +186,9 @@ def test_the_distance_falls_and_retain_text_is_kept(match):
     means = {}
     for lr in (1e-2, 1e-9):  # control: a model that stands still stays far away
         _, seen = short_run(steps=80, match=match, lr=lr)
-        means[lr] = sum(float(s["wasserstein"]) for s in seen[30:]) / 50
+        means[lr] = sum(float(s["forget"]) for s in seen[30:]) / 50
         if lr == 1e-2:
-            assert seen[-1]["retain"] < seen[0]["retain"] and seen[-1]["critic_steps"] == (400 if match else 0)
+            assert seen[-1]["retain"] < seen[0]["retain"] and seen[-1]["probe_steps"] == (400 if match else 0)
     assert means[1e-2] < 0.7 * means[1e-9]
 
 
@@ -191,7 +209,9 @@ def test_min_posterior_is_finite_at_certainty_and_silent_below_the_floor():
     sure = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
     loss = B.min_posterior_loss(sure, torch.tensor([0]))
     loss.backward()
-    torch.testing.assert_close(loss.item(), 60 - math.log(2), rtol=1e-6, atol=0)  # log(1 - p) would be -inf here
+    torch.testing.assert_close(
+        loss.item(), 60 - math.log(2), rtol=1e-6, atol=0
+    )  # log(1 - p) would be -inf here
     torch.testing.assert_close(sure.grad[0], torch.tensor([1.0, -0.5, -0.5]))
     for height, silent in ((14.0, False), (16.0, True)):
         gone = torch.tensor([[height, 0.0, 0.0]], requires_grad=True)
@@ -204,14 +224,11 @@ def test_max_entropy_loss_closed_forms():
     torch.testing.assert_close(B.max_entropy_loss(torch.tensor([[100.0, 0, 0]])), torch.zeros(1))
 
 
-def run_baseline(method, **more):
+def run_baseline(method):
     model, seen = toy_model(), []
-    forget, retain = batches(8, seed=1)[0], batches(8, seed=2)[0]
-    B.baseline(
-        model, Stay(forget), Stay(retain), method=method, log=lambda i, n, **v: seen.append(v),
-        **dict(steps=120, lr=1e-2) | more,
-    )  # fmt: skip
-    return model, seen, forget
+    forget, retain = Batches(8, seed=1, same=True), Batches(8, seed=2, same=True)
+    B.baseline(model, forget, retain, method=method, steps=120, lr=1e-2, log=lambda i, n, **v: seen.append(v))
+    return model, seen, forget[0]
 
 
 def test_max_entropy_reaches_log_V_and_keeps_retain_text():
@@ -225,12 +242,12 @@ def test_max_entropy_reaches_log_V_and_keeps_retain_text():
 def test_min_posterior_makes_forget_tokens_unlikely():
     model, seen, batch = run_baseline("min_posterior")
     with torch.no_grad():
-        assert B.next_token_loss(model, *batch) > B.next_token_loss(toy_model(), *batch) + 1
+        assert next_token_loss(model, *batch) > next_token_loss(toy_model(), *batch) + 1
     assert seen[-1]["forget"] < 0.02
 
 
-def test_high_low_ends_in_plain_fine_tuning():
+def test_high_low_lr_ends_in_plain_fine_tuning():
     model, seen, batch = run_baseline("high_low_lr")
     assert seen[-1]["forget"] < seen[0]["forget"] - 1
     with torch.no_grad():
-        torch.testing.assert_close(B.forget_loss("high_low_lr", model, *batch), B.next_token_loss(model, *batch))
+        torch.testing.assert_close(seen[0]["forget"], next_token_loss(toy_model().train(), *batch))

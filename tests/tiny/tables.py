@@ -4,7 +4,7 @@
                 taken is the largest rate that costs at most 5 points of retain accuracy before any attack (by text),
                 or, if none does, the one that costs least. The attack is not looked at. The variants of Table 2 take
                 the rate of adv_probes, from which each differs in its flags only; SWD, a loss of its own, is tuned
-    2  unlearn  every method on every world at its rate
+    2  unlearn  every method on every world at its rate; its checkpoint is scored by evaluate_mmlu.py, by text
     3  attack   recover.py on each result, and on the control that was never taught the forget facts, at two rates
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
@@ -14,8 +14,9 @@ command can be stopped and started at any time. Worlds other than 0, which is sh
 (tests/tiny/train.py: ten minutes a model, two models a world).
 
     python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two hours on two cores
-    python evaluate_mmlu.py --table out/tables --format cloze --figures      # the tables again, and the figures
-    python evaluate_mmlu.py --table out/tables-3e-3 --format cloze           # the tables under the other attack
+    python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
+    python evaluate_mmlu.py --table out/tables-3e-3 --format cloze      # the tables under the other attack
+    python tests/figures.py out/tables --format cloze                   # the figures
 """
 
 import argparse
@@ -108,26 +109,32 @@ class Tables:
         """work(*row) for every row, --jobs at a time; a failure ends the program."""
         list(self.pool.map(work, *zip(*columns))) if columns else None
 
+    def score(self, folders, world, form):
+        """Scores those checkpoints that have no scores of this format yet, on the world's MMLU."""
+        if todo := [folder for folder in folders if not scores(folder, form)]:
+            run("evaluate_mmlu.py", "--format", form, "--mmlu", world / "mmlu", "--ckpt", *todo)
+
     def world(self, seed, kind):
         """The files and one model ("base", "filtered") of a world, scored in both formats; trained if missing."""
         folder = self.out / f"world{seed}"
         if not (folder / kind / "args.json").exists():
             run(HERE / "train.py", "--seed", seed, "--out", folder, *(["--filtered"] if kind == "filtered" else []))
         for form in ("cloze", "letter"):
-            if not scores(folder / kind, form):
-                run("evaluate_mmlu.py", "--ckpt", folder / kind, "--mmlu", folder / "mmlu", "--format", form)
+            self.score([folder / kind], folder, form)
 
     def unlearn(self, method, seed, rate, out):
-        """One method on one world. RMAT starts from that world's Random Mapping, as rmat.py would (a test checks)."""
+        """One method on one world, scored by text. RMAT starts from that world's Random Mapping, as rmat.py would (a
+        test checks)."""
         world = self.out / f"world{seed}"
         start, more = world / "base", ()
         if method == "rmat":
             start, more = world / "random_mapping", ("--rm-steps", 0)
-        if not (out / "args.json").exists() or not scores(out):
+        if not (out / "args.json").exists():
             shutil.rmtree(out, ignore_errors=True)
             script, *flags = (TUNED | VARIANTS)[method]
-            data = ("--model", start, "--data", world / "chunks.jsonl", "--mmlu", world / "mmlu")
+            data = ("--model", start, "--data", world / "chunks.jsonl")
             run(script, "--tiny", *flags, *more, "--lr", rate, *data, "--out", out)
+        self.score([out], world, "cloze")
 
     def tune(self, method):
         """The method's rate by the rule, and its run on world 0 copied from the grid."""
@@ -153,9 +160,7 @@ class Tables:
             data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
             every = ("--eval-every", 20 if rate == ATTACKS[0] else 160)
             run("recover.py", "--tiny", "--ckpt", world / name, *data, "--lr", rate, *every, "--out", there)
-        todo = [p for p in ([world / name, there] if rate == ATTACKS[0] else [there]) if not scores(p, "letter")]
-        if todo:
-            run("evaluate_mmlu.py", "--format", "letter", "--mmlu", world / "mmlu", "--ckpt", *todo)
+        self.score([world / name, there] if rate == ATTACKS[0] else [there], world, "letter")
 
     def fill(self):
         """All cells, in an order that has each one's parents first."""
