@@ -8,40 +8,35 @@ know"), as seen by a probe after each layer.
     D_l, a probe per decoder layer: width -> 1024 -> 256 -> 1, one score per token
     for i = 1 .. steps:
         H(F), H(M) ← residual streams on x_f and x_m, one pass each
-        probe_steps times:  D ← D + RMSprop ∇(E[D(H(M))] - E[D(H(F))]);  linear weights clipped to [-0.1, 0.1]
+        probe_steps times:  D ← D + RMSprop ∇(E[D(H(M))] - E[D(H(F))]);  linear weights clipped to ±0.1
         loss = mean over layers of E[D_l(H_l(M))] - E[D_l(H_l(F))]  +  L(θ; x_r)
         θ ← AdamW(θ, ∇loss, lr)
 
-The probes' ascent estimates the Wasserstein distance of H(F) and H(M) (Arjovsky et al., 2017); the model
-descends it. `--swd` has no probes: its loss is the sliced Wasserstein distance of H(F) to N(0, I). In the
-paper it also destroys retain accuracy (Table 2); that is the result, not a fault. Table 2's best row is the
-default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
+θ: weights; x_f, x_m, x_r: batches of text; L: next-token cross-entropy. The probes' ascent estimates the
+Wasserstein distance of H(F) and H(M) (Arjovsky et al., 2017); the model descends it. `--swd` has no probes: its
+loss is the sliced Wasserstein distance of H(F) to N(0, I); in the paper it also destroys retain accuracy. The
+paper's best variant is the default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
 
-1) Probes: a LayerNorm before each linear layer, without gain, or it would undo the clipping; leaky ReLU;
-   RMSprop. The authors' exploration code has these widths. Clipping is to 0.1 where Arjovsky et al. have
-   0.01.
-2) All probe steps of a model step use one batch's streams (θ does not move, so they are computed once);
-   Arjovsky et al. draw a new batch for each. H(M) has no gradient: F moves towards M, not M towards F.
-3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows, so
-   that length does not tell them apart. BOS and pads are masked out.
-4) SWD: streams at RMS 1 per token, 128 directions per step, shared by the layers; as many samples of N(0, I)
-   as tokens.
-5) The two losses have equal weight; 1000 steps; AdamW without weight decay, its learning rate falls linearly
-   to 0.
+1) Probes: LayerNorm without gain (it would undo the clipping) before each linear layer, leaky ReLU, RMSprop;
+   widths as in the authors' exploration code; clipping to 0.1 where Arjovsky et al. have 0.01.
+2) All probe steps of a model step use one batch's streams, computed once; Arjovsky et al. draw a new batch
+   for each. H(M) has no gradient: F moves towards M, not M towards F.
+3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows. BOS
+   and pads are masked out.
+4) SWD: streams at RMS 1 per token, 128 directions per step for all layers; a sample of N(0, I) per token.
+5) The two losses have equal weight; 1000 steps; AdamW without weight decay at a linearly decaying rate.
 
 Memory: weights, gradient and two moments in the weights' dtype, two batches' streams, checkpointed
-activations; probes (4.5 M parameters per layer of width 4096) with their moments in float32, multiplied in
-bf16 on a GPU.
+activations; probes (4.5 M parameters per layer of width 4096) with their moments in float32.
 
-Metrics: `forget`, the loss on x_f: the probes' E[D(M)] - E[D(F)] after their steps, with --swd the squared
-distance; `retain`, L(θ; x_r) in nats per token; `probe_steps` so far. Healthy: forget rises while the probes
-learn, then falls; retain stays near its first value. Sick: forget stays at 0 (probe_lr too small) or retain
-rises (lr too large).
+Metrics: `forget`, the probes' E[D(M)] - E[D(F)] after their steps, with --swd the squared distance; `retain`,
+L(θ; x_r) in nats per token. Healthy: forget rises while the probes learn, then falls; retain stays. Sick:
+forget stays at 0 (probe_lr too small) or retain rises (lr too large).
 
     python adv_probes.py --tiny   # the miniature on a laptop, 3 min         -> out/adv_probes
     python adv_probes.py          # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/adv_probes
-    python adv_probes.py --no-freeze --probe-steps 3 --match rand --out out/probes_3_rand    # other rows
-    python adv_probes.py --swd --out out/probes_swd                                           # of Table 2
+    python adv_probes.py --no-freeze --probe-steps 3 --match rand --out out/probes_3_rand    # of Table 2
+    python adv_probes.py --swd --out out/probes_swd
 """
 
 import argparse
@@ -213,7 +208,7 @@ def adv_probes(
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     probe_*         probe steps per model step; their learning rate; their first hidden width
     freeze          keep embedding and output head as they are
-    seed, log       of probes, noise and rounding; called as log(i, steps, forget=, retain=, probe_steps=)
+    seed, log       of probes, noise and rounding; called as log(i, steps, forget=, retain=)
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight] if freeze else []
@@ -246,13 +241,11 @@ def adv_probes(
             check_finite(i, loss_f, loss_r)
             loss_r.backward()  # .grad = ∇(distance + L(θ; x_r))
             opt.step(i, lr * (1 - (i - 1) / steps), seed, "adv_probes", i)  # θ ← AdamW(θ, .grad)
-            done = 0 if match is None else i * probe_steps
-            log(i, steps, forget=loss_f.detach(), retain=loss_r.detach(), probe_steps=done)
+            log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
 
 
 def match_texts(kind, tokens, seed, n=512):
-    """M (A.2): n texts of at least `tokens` tokens each, of "idk" phrasings or of "rand" printable
-    strings."""
+    """M (A.2): n texts of at least `tokens` tokens each, of "idk" phrasings or of "rand" strings."""
     rng = random.Random(seed_of(seed, "match"))
     if kind == "idk":
         return [" ".join(rng.choices(IDK, k=tokens // 2)) for _ in range(n)]

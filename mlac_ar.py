@@ -2,40 +2,42 @@
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). MLAC-AR trains against that adversary: in each outer step it lets one fine-tune, and undoes
-what that would teach.
+(recover.py). MLAC-AR trains against that adversary: in each outer step it plays one, and then moves the
+weights so that the loss which that adversary reached on other forget text would have been higher.
 
     for i = 1 .. N:
-        φ ← 0;  ω ← θ;  x_heldout ~ F;  x_r ~ R
+        φ ← 0;  ω_0 ← θ;  x_heldout ~ F;  x_r ~ R
         for k = 1 .. K:
             x_f ~ F
-            ω ← ω - η ∇L(ω; x_f)                # the adversary fine-tunes on forget text ...
-            φ ← φ + ∇L(ω; x_heldout)            # ... and learns this about forget text it has not seen
-        θ ← θ - η (∇L(θ; x_r) - α φ)            # keep R, go up where the adversary goes down
+            ω_k ← ω_{k-1} - η ∇L(ω_{k-1}; x_f)      # the adversary fine-tunes on forget text
+            φ ← φ + ∇L(ω_k; x_heldout)              # the loss that it has left on forget text it did not see
+        θ ← θ - η (∇L(θ; x_r) - α φ)                # keep R; go up the held-out loss
 
-θ: weights; ω: the adversary's; φ: meta-gradient; x: batches of text; L: next-token cross-entropy; η:
-learning rate. First order: each ∇ in φ is taken at ω_k (k = 1 .. K, never at θ) and applied to θ; no graph
-runs through the inner loop. x_heldout is one batch per outer step and none of that step's x_f: φ is to
-measure what transfers to text that the adversary did not train on. Where the paper is silent, our choices:
+θ: weights; ω: the adversary's; φ: meta-gradient; x: batches of text; L: next-token cross-entropy; η: rate.
+First order: each ∇ in φ is taken at ω_k (k = 1 .. K, never at θ) and applied to θ; no graph runs through the
+inner loop. x_heldout is one batch per outer step and none of that step's x_f, so that φ measures what
+transfers to text the adversary did not train on. Where the paper is silent, our choices:
 
-1) α is dimensionless: the paper's α is ours times η. `--optimizer sgd --no-bound` is then the printed
-   update, but α/K.
-2) Both loops use AdamW, as the real adversary does (at 2e-5, SGD barely moves a 7B model). The adversary's
-   moments start from 0 in each outer step; the outer loop's persist.
-3) A heldout batch whose loss is above log V (chance) adds nothing to φ (`--no-bound` lifts this).
+1) α is dimensionless. The paper's last line is θ ← θ - η ∇L(θ; x_r) + (α_paper / K) φ: α = α_paper / (η K).
+2) Both loops use AdamW, as the real adversary does (at 2e-5, SGD barely moves a 7B model); `--optimizer sgd`
+   is the box above. The adversary's moments start from 0 in each outer step; the outer loop's persist.
+3) A held-out batch whose loss at ω_k is above log V (chance) adds nothing to φ; `--no-bound` lifts this.
 
-Cost: 2K + 1 forward and backward passes per outer step. Memory does not depend on K: weights (θ, or ω), φ,
-two moments, checkpointed activations. φ is the parameters' .grad, so backward accumulates it in place; the
-adversary's gradient is applied and freed inside backward, one parameter at a time. While the model is ω, θ
-and the outer loop's moments wait in (pinned) host memory.
+Cost: 2K + 1 forward and backward passes per outer step, activations recomputed. GPU memory does not depend
+on K: weights (θ, or ω), φ, two moments, checkpointed activations. φ is the parameters' .grad, so backward
+accumulates it in place. While the adversary's backward runs, φ is set aside and each parameter's gradient is
+applied and freed as soon as it is complete. While the model is ω, θ and the outer loop's moments are in
+pinned host memory: 6 bytes per parameter in bf16, 40 GB for 7B.
 
-Metrics: `retain`, L(θ; x_r); `adversary`, L(ω_{k-1}; x_f), and `heldout`, L(ω_k; x_heldout), means over k;
-all in nats per token; `bounded`, the share of heldout batches above log V. Healthy: heldout above adversary
-and rising, retain flat. Sick: retain rises (lr or α too large); bounded stays at 1: φ is 0 and the run only
-fine-tunes on R. A loss of NaN stops the run before the update; the weights before it are saved.
+Metrics, nats per token: `retain`, L(θ; x_r); `adversary`, L(ω_{k-1}; x_f), and `heldout`, L(ω_k; x_heldout),
+means over k; and `bounded`, the share of the K held-out losses above log V. Healthy: heldout rises over the
+outer steps and retain stays. Sick: retain rises (lr or α too large); or bounded is 1 from early on (K too
+small): φ is then 0 and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
 
-    python mlac_ar.py --tiny                       # the miniature on a laptop, 2 min     -> out/mlac_ar
-    python mlac_ar.py --model out/random_mapping   # after Random Mapping, as in rmat.py  -> out/mlac_ar
+A loss of NaN or infinity stops the run before θ is updated, and the weights before that step are saved.
+
+    python mlac_ar.py --tiny                       # the miniature on a laptop, 2 min      -> out/mlac_ar
+    python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar
 """
 
 import argparse
@@ -107,40 +109,42 @@ def mlac_ar(
     lr, alpha  η of both loops; weight of φ beside ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
     bound      a heldout loss above log V adds nothing to φ
-    seed, log  of the rounding; called as log(i, N, retain=, adversary=, heldout=, bounded=)
+    seed       of the stochastic rounding to bfloat16
+    log        called as log(i, N, retain=, adversary=, heldout=, bounded=)
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # serves both loops, each with its own moments
-    theta, moments = HostCopy(params), HostCopy(*opt.moments)  # θ and the outer loop's, while the model is ω
-    opt.wait_for = theta, moments  # transfers overlap with compute
+    opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # of both loops, in turn
+    theta, moments = HostCopy(params), HostCopy(*opt.moments)  # what waits while the model is ω
+    opt.wait_for = theta, moments  # before it overwrites a parameter, its copy must be complete
     chance = math.log(model.get_input_embeddings().weight.shape[0])
     model.train()
     for i in range(1, N + 1):
         ids, mask = forget[i - 1]
         *x_f, x_heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
-        theta.save()  # ω ← θ
+        theta.save()  # from here on the model is ω
         moments.save()
-        seen = torch.zeros(3, device=model.device)  # means over k, to be logged
+        means = torch.zeros(3, device=model.device)  # over k, to be logged
         for k in range(1, K + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
-            with opt.in_backward(k, lr, seed, "adversary", i, k):
-                loss_f.backward()  # ω ← ω - η ∇L(ω; x_f), one parameter at a time
+            with opt.in_backward(k, lr, seed, "adversary", i, k):  # φ is set aside
+                loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
             loss_h = next_token_loss(model, *x_heldout)
             above = loss_h > chance
-            with theta.load_in_backward(params) if k == K else nullcontext():  # ω's last use: θ comes back
-                (loss_h * ~above if bound else loss_h).backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
-            seen += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
+            added = loss_h * ~above if bound else loss_h
+            with theta.load_in_backward(params) if k == K else nullcontext():  # ω is used no more: θ is back
+                added.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
+            means += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
         moments.load()
 
-        for p in params:  # .grad = -α φ
+        for p in params:  # .grad = -α φ; None where nothing depends on p
             p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None
-        loss_r = next_token_loss(model, *retain[i - 1])
-        check_finite(i, loss_r, seen.sum())
-        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ; a further loss at θ would go here
-        opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
-        log(i, N, retain=loss_r.detach(), adversary=seen[0], heldout=seen[1], bounded=seen[2])
+        loss_r = next_token_loss(model, *retain[i - 1])  # a further loss at θ: add it here
+        check_finite(i, loss_r, means.sum())
+        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
+        opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
+        log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], bounded=means[2])
 
 
 def main(args):

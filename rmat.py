@@ -1,9 +1,9 @@
-"""RMAT: Random Mapping, then MLAC-AR (Sections 3.4, 3.5 of *Toward Robust Unlearning for LLMs*, Tamirisa et
-al., 2024).
+"""RMAT (Sections 3.4 and 3.5 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). RMAT first destroys what the model represents of F, then trains against the adversary.
+(recover.py). RMAT, Random Mapping Adversarial Training, first destroys what the model represents of F
+and then trains against the adversary.
 
     θ ← random_mapping(θ)      # rm_steps steps: residual stream on text of F to noise, next-token loss on R
     θ ← mlac_ar(θ)             # N outer steps (Algorithm 1): K adversary steps on F; down ∇L(θ; x_r), up φ
@@ -13,14 +13,14 @@ algorithms, the symbols and our choices. Here one more:
 
 1) The mapping loss is not kept in the second phase ("followed by").
 
-The result of the first phase is saved as a checkpoint too, OUT/random_mapping: nothing that goes wrong later
-loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
+The result of the first phase is saved as a checkpoint of its own, OUT/random_mapping: nothing that goes wrong
+later loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
 
-Memory: as for MLAC-AR, whose peak is the larger one; it does not depend on K.
+Memory: as in mlac_ar.py, whose peak is the larger one; it does not depend on K. θ and the outer loop's
+moments are in pinned host memory during the inner loop, 40 GB for 7B.
 
 Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
-`adversary`, `heldout` (nats per token) and `bounded` (share of heldout batches above log V) in phase
-mlac_ar.
+`adversary`, `heldout` (nats per token) and `bounded` (share of held-out losses above log V) in phase mlac_ar.
 
     python rmat.py --tiny               # the miniature on a laptop, 3 min         -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
@@ -148,40 +148,42 @@ def mlac_ar(
     lr, alpha  η of both loops; weight of φ beside ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
     bound      a heldout loss above log V adds nothing to φ
-    seed, log  of the rounding; called as log(i, N, retain=, adversary=, heldout=, bounded=)
+    seed       of the stochastic rounding to bfloat16
+    log        called as log(i, N, retain=, adversary=, heldout=, bounded=)
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # serves both loops, each with its own moments
-    theta, moments = HostCopy(params), HostCopy(*opt.moments)  # θ and the outer loop's, while the model is ω
-    opt.wait_for = theta, moments  # transfers overlap with compute
+    opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # of both loops, in turn
+    theta, moments = HostCopy(params), HostCopy(*opt.moments)  # what waits while the model is ω
+    opt.wait_for = theta, moments  # before it overwrites a parameter, its copy must be complete
     chance = math.log(model.get_input_embeddings().weight.shape[0])
     model.train()
     for i in range(1, N + 1):
         ids, mask = forget[i - 1]
         *x_f, x_heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
-        theta.save()  # ω ← θ
+        theta.save()  # from here on the model is ω
         moments.save()
-        seen = torch.zeros(3, device=model.device)  # means over k, to be logged
+        means = torch.zeros(3, device=model.device)  # over k, to be logged
         for k in range(1, K + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
-            with opt.in_backward(k, lr, seed, "adversary", i, k):
-                loss_f.backward()  # ω ← ω - η ∇L(ω; x_f), one parameter at a time
+            with opt.in_backward(k, lr, seed, "adversary", i, k):  # φ is set aside
+                loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
             loss_h = next_token_loss(model, *x_heldout)
             above = loss_h > chance
-            with theta.load_in_backward(params) if k == K else nullcontext():  # ω's last use: θ comes back
-                (loss_h * ~above if bound else loss_h).backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
-            seen += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
+            added = loss_h * ~above if bound else loss_h
+            with theta.load_in_backward(params) if k == K else nullcontext():  # ω is used no more: θ is back
+                added.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
+            means += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
         moments.load()
 
-        for p in params:  # .grad = -α φ
+        for p in params:  # .grad = -α φ; None where nothing depends on p
             p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None
-        loss_r = next_token_loss(model, *retain[i - 1])
-        check_finite(i, loss_r, seen.sum())
-        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ; a further loss at θ would go here
-        opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
-        log(i, N, retain=loss_r.detach(), adversary=seen[0], heldout=seen[1], bounded=seen[2])
+        loss_r = next_token_loss(model, *retain[i - 1])  # a further loss at θ: add it here
+        check_finite(i, loss_r, means.sum())
+        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
+        opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
+        log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], bounded=means[2])
 
 
 def main(args):

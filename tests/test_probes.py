@@ -188,7 +188,7 @@ def test_the_distance_falls_and_retain_text_is_kept(match):
         _, seen = short_run(steps=80, match=match, lr=lr)
         means[lr] = sum(float(s["forget"]) for s in seen[30:]) / 50
         if lr == 1e-2:
-            assert seen[-1]["retain"] < seen[0]["retain"] and seen[-1]["probe_steps"] == (400 if match else 0)
+            assert seen[-1]["retain"] < seen[0]["retain"]
     assert means[1e-2] < 0.7 * means[1e-9]
 
 
