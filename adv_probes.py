@@ -13,9 +13,9 @@ know"), as seen by a probe after each layer.
         θ ← AdamW(θ, ∇loss, lr)
 
 θ: weights; x_f, x_m, x_r: batches of text; L: next-token cross-entropy. The probes' ascent estimates the
-Wasserstein distance of H(F) and H(M) (Arjovsky et al., 2017); the model descends it. `--swd` has no probes: its
-loss is the sliced Wasserstein distance of H(F) to N(0, I); in the paper it also destroys retain accuracy. The
-paper's best variant is the default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
+Wasserstein distance of H(F) and H(M) (Arjovsky et al., 2017); the model descends it. `--swd` without probes
+descends the sliced Wasserstein distance of H(F) to N(0, I), which in the paper also destroys retain accuracy.
+The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
 
 1) Probes: LayerNorm without gain (it would undo the clipping) before each linear layer, leaky ReLU, RMSprop;
    widths as in the authors' exploration code; clipping to 0.1 where Arjovsky et al. have 0.01.
