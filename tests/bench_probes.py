@@ -7,47 +7,39 @@ steps are the difference, the model step is what is left. The median of the rati
 step costs a quarter of a model step or more, as it would if the streams were computed again for it.
 """
 
-import argparse
 import sys
 
+from timing import DEVICE, flags, in_turn, median_ratio
 
-def parse_args(argv=None):
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
-    add = parser.add_argument
-    add("--steps", type=int, default=4, help="model steps of a timed run")
-    add("--rounds", type=int, default=3, help="times that both runs are timed in turn")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    args = parse_args()  # before torch is imported
-
-from timing import DEVICE, in_turn, median_ratio
 from adv_probes import TINY, adv_probes, match_texts
 from common import Stream, load_chunks, load_model
 
 
 def main(args):
     model, tokenizer = load_model(TINY["model"])
-    sets = dict(zip(("forget", "retain"), load_chunks(TINY["data"]))) | {"match": match_texts("idk", TINY["tokens"], 0)}
+    forget, retain = load_chunks(TINY["data"])
+    sets = {"forget": forget, "retain": retain, "match": match_texts("idk", TINY["tokens"], 0)}
     more = {"batch": TINY["batch"], "tokens": TINY["tokens"], "seed": 0, "device": model.device}
     streams = [Stream(texts, tokenizer, purpose=purpose, **more) for purpose, texts in sets.items()]
 
     def run(n):
-        adv_probes(model, *streams, steps=args.steps, lr=1e-9, probe_steps=n, probe_width=TINY["probe_width"])
+        more = {"probe_steps": n, "probe_width": TINY["probe_width"]}
+        adv_probes(model, *streams, steps=args.steps, lr=1e-9, **more)
 
     run(1)  # tokenises, warms up
     times = []
     for one, six in in_turn(args.rounds, lambda: run(1), lambda: run(6)):
-        critic = (six - one) / 5 / args.steps
-        times.append((critic, one / args.steps - critic))
-        line = f"model step {times[-1][1]:.3f} s | probe step {critic:.3f} s | ratio {critic / times[-1][1]:.3f}"
-        print(line, flush=True)
+        probe = (six - one) / 5 / args.steps
+        step = one / args.steps - probe
+        times.append((probe, step))
+        print(f"model step {step:.3f} s | probe step {probe:.3f} s | ratio {probe / step:.3f}", flush=True)
     ratio = median_ratio(times)
     print(f"a probe step costs {ratio:.3f} of a model step (limit 0.25) | {DEVICE}")
     return int(ratio >= 0.25)
 
 
 if __name__ == "__main__":
-    sys.exit(main(args))
+    parser, add = flags(__doc__)
+    add("--steps", type=int, default=4, help="model steps of a timed run")
+    add("--rounds", type=int, default=3, help="times that both runs are timed in turn")
+    sys.exit(main(parser.parse_args()))

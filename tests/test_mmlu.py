@@ -105,6 +105,17 @@ def test_kept_prompts_are_not_tokenised_again(form, mmlu):
     assert first != found == score_mmlu(other, tokenizer, mmlu, form)  # prompts are kept, not scores
 
 
+def test_scoring_keeps_attention_off_cudnn(mmlu):
+    """cuDNN plans attention anew for each shape, and here every batch has another."""
+    seen, tokenizer = [], bpe(words(mmlu))
+    model = toy_model(vocab=len(tokenizer))
+    model.base_model.layers[0].register_forward_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    score_mmlu(model, tokenizer, mmlu)
+    assert seen.count(False) > 2 and torch.backends.cuda.cudnn_sdp_enabled()  # allowed again, for training
+
+
 def plain_scores(model, tokenizer, mmlu, form):
     """The same log-probabilities, by one forward pass over each whole prompt and continuation."""
     found = []

@@ -281,3 +281,13 @@ def test_pinned_blocks_get_their_exact_size():
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     assert "pinned_max_cached_size_mb:16" in done.stdout
+
+
+def test_the_device_that_is_named_is_the_current_one(monkeypatch, tmp_path):
+    named = []
+    toy_model().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    for device in ("cuda:1", "cuda", "auto", "cpu"):
+        common.load_model(str(tmp_path), device=device, meta=True)
+    assert named == [torch.device("cuda:1")]

@@ -1,8 +1,9 @@
-"""What the benchmarks share: a clock that waits for the device, works timed in turn, random models and random batches.
+"""What the benchmarks share: flags, a clock that waits for the device, works timed in turn, random models and batches.
 
-Importing this makes the repository's scripts importable, so it comes before them.
+Importing it makes the repository's scripts importable, so it is imported before them.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -20,6 +21,13 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
+def flags(doc):
+    """A parser that is described by the first line of a docstring, and its add_argument."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=form)
+    return parser, parser.add_argument
+
+
 def clock():
     """Seconds, read when the device has computed all that was queued."""
     if CUDA:
@@ -35,32 +43,31 @@ def seconds(work, *args):
 
 
 def in_turn(rounds, *works):
-    """Yields, per round, the seconds of each work. Interleaved, so that a slow minute of the machine hits all of them."""
+    """Yields the seconds of each work, round after round: a slow minute of the machine hits all of them."""
     for _ in range(rounds):
-        yield tuple(seconds(work) for work in works)
+        yield [seconds(work) for work in works]
 
 
-def median_ratio(times):
-    """Median of a / b over pairs (a, b) that were timed in turn."""
-    return statistics.median(a / b for a, b in times)
+def median_ratio(pairs):
+    """Median of a / b over pairs (a, b) of seconds that were measured in turn."""
+    return statistics.median(a / b for a, b in pairs)
 
 
-def random_llama(dtype=torch.float32, **sizes):
-    """A Llama of random weights on the device; sizes are LlamaConfig's arguments."""
+def llama(vocab, width, inner, layers, heads, **more):
+    """A LlamaConfig of these sizes."""
+    sizes = dict(vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
+    return LlamaConfig(**sizes, num_attention_heads=heads, architectures=["LlamaForCausalLM"], **more)
+
+
+def random_model(config, dtype=torch.float32):
+    """A model of random weights, made on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype)
-
-
-def plain_passes(model, batches, n):
-    """n forward and backward passes of one batch each, and nothing else: what a method's step is compared with."""
-    for i in range(n):
-        next_token_loss(model, *batches[i]).backward()
-        model.zero_grad()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 class Batches:
-    """Random batches without padding: [i] is (ids, mask) of step i, made on the host and sent over as a Stream does."""
+    """Random batches without padding: [i] is (ids, mask), made on the host and sent over as a Stream does."""
 
     def __init__(self, batch, tokens, vocab):
         self.shape, self.vocab = (batch, tokens), vocab
@@ -69,3 +76,10 @@ class Batches:
         ids = torch.randint(1, self.vocab, self.shape, generator=torch.Generator().manual_seed(i))
         ids = (ids.pin_memory() if CUDA else ids).to(DEVICE, non_blocking=True)
         return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def plain_passes(model, batches, n):
+    """n forward and backward passes of one batch each and nothing else: what a step is compared with."""
+    for i in range(n):
+        next_token_loss(model, *batches[i]).backward()
+        model.zero_grad()
