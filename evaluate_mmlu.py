@@ -35,6 +35,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -42,26 +43,29 @@ from collections import Counter
 from pathlib import Path
 
 FORGET = ("high_school_biology", "college_biology")  # A.1; every other subject is of the retain set
-TABLE_1 = {  # the paper's rows, and the command that makes each
-    "Min Posterior": "baselines.py --method min_posterior",
-    "Max Entropy": "baselines.py --method max_entropy",
-    "High/Low LR": "baselines.py --method high_low_lr",
-    "AdvProbes, 5 steps, IDK, frozen": "adv_probes.py",
-    "Random Mapping": "random_mapping.py",
-    "MLAC-AR": "mlac_ar.py",
-    "RMAT": "rmat.py",
-}
-TABLE_2 = {
-    "AdvProbes-SWD": "adv_probes.py --swd",
-    "AdvProbes, 3 steps, RAND": "adv_probes.py --no-freeze --match rand --probe-steps 3",
-    "AdvProbes, 5 steps, RAND": "adv_probes.py --no-freeze --match rand",
-    "AdvProbes, 3 steps, IDK": "adv_probes.py --no-freeze --probe-steps 3",
-    "AdvProbes, 5 steps, IDK": "adv_probes.py --no-freeze",
-    "AdvProbes, 5 steps, IDK, frozen": "adv_probes.py",
+# fmt: off
+ROWS = {  # the paper's rows: table, the command that makes one, the paper's numbers (Llama-2-7b-chat)
+    "Base": (1, "recover.py --ckpt MODEL", (52.5, 48.0, 0.0, 48.0, 45.7, 4.5, 2.2)),
+    "Max Entropy": (1, "baselines.py --method max_entropy", (40.0, 46.1, 10.6, 48.4, 45.1, 4.1, 7.3)),
+    "Min Posterior": (1, "baselines.py --method min_posterior", (49.5, 47.2, 2.2, 49.4, 45.9, 3.1, 2.7)),
+    "High/Low LR": (1, "baselines.py --method high_low_lr", (49.3, 45.4, 0.5, 47.2, 43.9, 5.3, 2.9)),
+    "MLAC-AR": (1, "mlac_ar.py", (28.9, 40.4, 16.0, 43.8, 44.4, 8.7, 12.4)),
+    "Adversarial Probes": (1, "adv_probes.py", (23.9, 42.8, 23.4, 47.9, 47.0, 4.6, 14.0)),
+    "Random Mapping": (1, "random_mapping.py", (23.3, 43.7, 25.0, 50.5, 47.1, 2.0, 13.5)),
+    "RMAT": (1, "rmat.py", (25.4, 41.2, 20.3, 38.9, 40.4, 13.6, 17.0)),
+    "AdvProbes-3 (IDK)": (2, "adv_probes.py --probe-steps 3 --no-freeze",
+                          (27.0, 42.4, 20.0, 50.4, 47.2, 2.1, 11.0)),
+    "AdvProbes-3 (IDK, Frz.)": (2, "adv_probes.py --probe-steps 3",
+                                (26.4, 44.8, 22.9, 51.5, 46.8, 1.1, 12.0)),
+    "AdvProbes-5 (IDK, Frz.)": (2, "adv_probes.py", (23.9, 42.8, 23.4, 47.9, 47.0, 4.6, 14.0)),
+    "AdvProbes-3 (RAND)": (2, "adv_probes.py --probe-steps 3 --match rand --no-freeze",
+                           (27.5, 42.5, 19.5, 49.0, 46.5, 3.6, 11.5)),
+    "AdvProbes-3 (RAND, Frz.)": (2, "adv_probes.py --probe-steps 3 --match rand",
+                                 (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
+    "AdvProbes-SWD": (2, "adv_probes.py --swd --no-freeze", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
 }
 CONTROL = "never taught (control)"
 WORLD = Path(__file__).parent / "tests/tiny/world0"
-# fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     ckpt=[f"{WORLD}/base", f"{WORLD}/filtered"], mmlu=f"{WORLD}/mmlu", format="cloze",
 )
@@ -74,6 +78,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[], metavar="CKPT", help="checkpoint directories or hub names to score")
     add("--table", metavar="DIR", default=None, help="print the tables of every run under DIR instead")
+    add("--paper", action="store_true", help="with --table: print the paper's numbers below ours")
     add("--mmlu", default=None, help="hub name or folder of CSVs; None: cais/mmlu, or the miniature's own")
     add("--split", default="test", choices=("test", "validation"), help="of the questions; shots are dev's")
     add("--subjects", nargs="+", default=None, metavar="SUBJECT", help="score these subjects only; None: all")
@@ -92,6 +97,8 @@ def parse_args(argv=None):
     args.mmlu = args.mmlu or own or "cais/mmlu"
     if bool(args.ckpt) == bool(args.table):
         parser.error("give --ckpt to score, or --table to print the table")
+    if args.paper and not args.table:
+        parser.error("--paper goes with --table DIR")
     if args.out and len(args.ckpt) != 1:
         parser.error("--out goes with one --ckpt")
     if args.tokens is not None and args.tokens < 1:
@@ -311,29 +318,35 @@ def summarise(answers):
     return result
 
 
-def scores_name(form):
-    """File stem of a format's scores: mmlu for letters, mmlu_cloze for cloze; a directory may have both."""
-    return "mmlu" if form == "letter" else f"mmlu_{form}"
-
-
 def scores_dir(name):
-    """Where a model's scores are kept: its checkpoint directory, or out/OWNER--MODEL for a name on the
-    hub."""
+    """Where a model's scores are kept: its checkpoint directory, or out/OWNER--MODEL for a hub name."""
     return Path(name) if Path(name).is_dir() else Path("out") / name.replace("/", "--")
+
+
+def scores_file(folder, form):
+    """The json file of a format's scores: mmlu for letters, mmlu_cloze for cloze; both may be there."""
+    return Path(folder) / ("mmlu.json" if form == "letter" else f"mmlu_{form}.json")
 
 
 def kept_scores(name, mmlu, form):
     """The summary kept for a model if it was measured with these questions in this format, else None."""
-    summary = read_json(scores_dir(name) / (scores_name(form) + ".json")) or {}
+    summary = read_json(scores_file(scores_dir(name), form)) or {}
     return summary if summary.get("protocol") == protocol(mmlu, form) else None
 
 
-def write_scores(folder, summary, answers):
-    """Writes mmlu.json and mmlu.jsonl (or mmlu_cloze.*) into a checkpoint directory."""
-    stem = Path(folder) / scores_name(summary["protocol"]["format"])
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    write_json(stem.with_suffix(".json"), summary)
+def write_scores(folder, summary, answers, part=False):
+    """Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into a checkpoint directory.
+
+    Scores of a part of the questions, or of others than those of the file that is there, get a file of their
+    own, mmlu.DIGEST.json: they do not compare with what the tables read. Returns the json file.
+    """
+    own, path = summary["protocol"], scores_file(folder, summary["protocol"]["format"])
+    if part or (read_json(path) or {}).get("protocol", own) != own:
+        path = path.with_name(f"{path.stem}.{own['questions'][:8]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
+    write_json(path, summary)
+    return path
 
 
 def show_scores(summary):
@@ -373,26 +386,31 @@ def paper_scores(init, theta, recovered):
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
-PLACES = set("model ckpt base data recovery mmlu format out seed device log_every eval_every dry_run".split())
+PLACES = set("model ckpt base data recovery mmlu out name seed device log_every eval_every dry_run".split())
 
 
 def title(facts):
     """The paper's name of the run that an args.json describes; None for a base model."""
     script, a = facts["script"], facts["arguments"]
-    if facts.get("phase") == "random_mapping":
-        return "Random Mapping"
     if script == "adv_probes.py":
-        name = f"AdvProbes, {a['probe_steps']} steps, {a['match'].upper()}{', frozen' if a['freeze'] else ''}"
-        return "AdvProbes-SWD" if a["swd"] else name
+        name = f"AdvProbes-{a['probe_steps']} ({a['match'].upper()}{', Frz.' if a['freeze'] else ''})"
+        return f"AdvProbes-SWD{' (Frz.)' if a['freeze'] else ''}" if a["swd"] else name
     if script.endswith("train.py"):
         return CONTROL if a["filtered"] else None
+    if facts.get("phase") == "random_mapping":
+        return "Random Mapping"
     command = f"{script} --method {a['method']}" if script == "baselines.py" else script
-    return {c: name for name, c in TABLE_1.items()}.get(command, script.removesuffix(".py"))
+    return {row[1]: name for name, row in ROWS.items()}.get(command, script.removesuffix(".py"))
 
 
 def settings(facts):
-    """What two runs must share to be one row: every argument but those that say where things are."""
-    return repr(sorted((k, str(v)) for k, v in facts["arguments"].items() if k not in PLACES))
+    """What two runs must share to be one row: all but their seed and where they were written. Worlds of the
+    miniature count as seeds."""
+    what = ("base", "data", "mmlu") if facts.get("script") == "recover.py" else ("base", "data", "parent")
+    paths = {k: facts[k] for k in what if facts.get(k)}
+    paths = {k: Path(v).resolve() if Path(v).exists() else v for k, v in paths.items()}
+    shared = {k: v for k, v in facts.get("arguments", {}).items() if k not in PLACES} | paths
+    return re.sub(r"world\d+", "world", repr(sorted((k, str(v)) for k, v in shared.items())))
 
 
 def rows_under(root, form):
@@ -400,33 +418,41 @@ def rows_under(root, form):
     one row.
 
     A run is {"folder", "attack": a folder or None, "base", "theta", "recovered": summaries, the last may be
-    None}.
+    None}. One whose three summaries were not measured alike is left out, with a line that says so.
     """
-    stem = scores_name(form)
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     attacks, groups = {}, {}  # an attack belongs to its victim's row, wherever it was written
-    for folder in [f for f in facts if facts[f]["script"] == "recover.py"]:
-        attacks.setdefault(Path(facts[folder]["parent"]).resolve(), []).append(folder)
-        facts |= {v: read_json(v / "args.json") for v in attacks if (v / "args.json").exists()}
+    for attack in [folder for folder in facts if facts[folder]["script"] == "recover.py"]:
+        victim = scores_dir(facts[attack]["parent"]).resolve()
+        attacks.setdefault(victim, []).append(attack)
+        facts.setdefault(victim, read_json(victim / "args.json"))  # None: another program wrote it
     for folder, mine in sorted(facts.items()):
-        if mine["script"] == "recover.py" or title(mine) is None:
+        if mine and mine["script"] == "recover.py":
             continue
-        for attack in [a for a in attacks.get(folder, ()) if (a / f"{stem}.json").exists()] or [None]:
-            by = facts[attack] if attack else {"arguments": {}}
-            base = mine.get("base") or by.get("base", "")
-            base = Path(base) if Path(base).is_dir() else Path(root) / base.replace("/", "--")
-            run = {"folder": folder, "attack": attack, "base": read_json(base / f"{stem}.json")}
-            run |= {"theta": read_json(folder / f"{stem}.json")}
-            run |= {"recovered": read_json(attack / f"{stem}.json") if attack else None}
-            if run["base"] and run["theta"]:
-                key = (title(mine), settings(mine), attack and attack.name, settings(by))
-                groups.setdefault(key, []).append(run)
-    order, titles, rows = [*TABLE_1, *TABLE_2], [key[0] for key in groups], {}
+        for attack in attacks.get(folder) or [None]:
+            by = facts[attack] if attack else {}
+            name, base = mine and title(mine), (mine or {}).get("base") or by.get("base") or folder
+            if not name and scores_dir(base).resolve() == folder:
+                name = "Base" if attack else None
+            elif not name:
+                name = by["arguments"].get("name") or folder.name
+            places = scores_dir(base), folder, attack
+            found = [read_json(scores_file(place, form)) if place else None for place in places]
+            if not name or not all(found[:2]) or (attack and not found[2]):
+                continue
+            if len({repr(summary.get("protocol")) for summary in found if summary}) > 1:
+                print(f"left out: {folder}: base, checkpoint and attack were scored on other questions")
+                continue
+            run = {"folder": folder, "attack": attack, **dict(zip(("base", "theta", "recovered"), found))}
+            key = name, settings(mine or {}), settings(by)
+            groups.setdefault(key, []).append(run)
+    order, titles, rows = [*ROWS], [key[0] for key in groups], {}
     for key in sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
-        name, attack = key[0], key[2]
-        if titles.count(name) > 1:  # the same method in two settings, or under two attacks
-            name += f" ({groups[key][0]['folder'].name}{f', {attack}' if attack else ''})"
-        rows[name] = groups[key]
+        name, first = key[0], groups[key][0]
+        if titles.count(name) > 1:  # the same method in other settings, or under another attack
+            name += f" ({first['folder'].name}{', ' + first['attack'].name if first['attack'] else ''})"
+        twice = sum(row.startswith(name) for row in rows)
+        rows[f"{name} {twice + 1}" if name in rows else name] = groups[key]
     return rows
 
 
@@ -445,33 +471,38 @@ def scored(run):
     return paper_scores(run["base"], run["theta"], run["recovered"] or run["theta"])
 
 
-def markdown(rows, bases):
-    """Table 1's columns as Markdown, percent ± standard error, the untouched bases first."""
+def markdown(rows, paper=False):
+    """Table 1's columns as Markdown, percent ± standard error; with `paper`, the paper's numbers as well."""
     heads = ("", "Forget ↓", "Retain ↑", "Score_U ↑", "Forget, recovered ↓", "Retain, recovered", "Score_R ↑")
     heads += ("Composite ↑", "runs")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, runs in [("base", bases), *rows.items()]:
+    for name, runs in rows.items():
         row = average([scored(run) for run in runs])
         keys = [k for k in row if not k.endswith("_se")]
         shown = keys if runs[0]["recovered"] else keys[:2] if name == "base" else keys[:3]
         cells = [f"{row[k]:.1f} ± {row[k + '_se']:.1f}" if k in shown else "–" for k in keys]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(runs)} |")
+        if paper and name in ROWS:
+            lines.append("| *paper* | " + " | ".join(f"*{x:.1f}*" for x in ROWS[name][2]) + " | |")
     return "\n".join(lines)
 
 
-def tables(rows):
+def tables(rows, paper=False):
     """Tables 1 and 2 as Markdown, and the commands of the paper's rows that are missing."""
-    bases = {repr(run["base"]): run["base"] for runs in rows.values() for run in runs}
-    bases = [{"base": base, "theta": base, "recovered": None} for base in bases.values()]
-    best, text = "AdvProbes, 5 steps, IDK, frozen", []
-    first = {name: runs for name, runs in rows.items() if name not in TABLE_2 or name == best}
-    second = {name: rows[name] for name in TABLE_2 if name in rows}
-    for number, commands, part in ((1, TABLE_1, first), (2, TABLE_2, second)):
-        if not part or part.keys() == {best} != first.keys():
-            continue
-        text.append(f"Table {number}\n\n{markdown(part, bases)}")
-        missing = [c for name, c in commands.items() if not any(row.startswith(name) for row in rows)]
-        text += ["Rows of the paper that are missing: " + ", ".join(missing)] if missing else []
+    best, text = "AdvProbes-5 (IDK, Frz.)", []
+    first = {"Adversarial Probes" if name == best else name: runs for name, runs in rows.items()}
+    first = {name: runs for name, runs in first.items() if not name.startswith("AdvProbes")}
+    first = {name: first[name] for name in sorted(first, key=[*ROWS, *first].index)}
+    if "Base" not in first:  # not attacked: its own accuracies alone
+        bases = {repr(run["base"]): run["base"] for runs in rows.values() for run in runs}
+        bases = [{"base": base, "theta": base, "recovered": None} for base in bases.values()]
+        first = {"base": bases} | first
+    second = {name: runs for name, runs in rows.items() if name.startswith("AdvProbes")}
+    for number, part in ((1, first), (2, second)):
+        if part.keys() - {"base", "Adversarial Probes", best} or (number == 1 and second.keys() <= {best}):
+            text.append(f"Table {number}\n\n{markdown(part, paper)}")
+            missing = [row[1] for name, row in ROWS.items() if row[0] == number and name not in part]
+            text += ["Rows of the paper that are missing: " + ", ".join(missing)] if missing else []
     text.append("± is the standard error over the runs of a row; of a single run, that of its questions.")
     return "\n\n".join(text)
 
@@ -481,7 +512,7 @@ def main(args):
         rows = rows_under(args.table, args.format)
         if not rows:
             fail(f"--table {args.table}: no run scored by {args.format}; run recover.py, or another --format")
-        print(tables(rows))
+        print(tables(rows, args.paper))
         return
     mmlu = load_mmlu(args.mmlu, args.split, args.subjects)
     for name in args.ckpt:
@@ -489,8 +520,11 @@ def main(args):
         start = time.time()
         summary, answers = score_mmlu(model, tokenizer, mmlu, args.format, args.tokens)
         pace = len(answers) / (time.time() - start)
-        write_scores(args.out or scores_dir(name), summary, answers)
-        print(f"{name} | {args.format} | {show_scores(summary)} | {pace:.0f} questions/s", flush=True)
+        part = args.split != "test" or args.subjects is not None
+        path = write_scores(args.out or scores_dir(name), summary, answers, part)
+        print(
+            f"{name} | {args.format} | {show_scores(summary)} | {pace:.0f} questions/s | {path}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ Metrics: `loss`, L(θ'; pairs) in nats per token; phase "accuracy": F' and R' in
 recovery curve.
 
     python recover.py --ckpt out/rmat      # the attack, and its row of Table 1     -> out/rmat/recovered
+    python recover.py --ckpt meta-llama/Llama-2-7b-chat-hf       # the table's first row, the attacked base
 
 A checkpoint of the miniature is attacked with the miniature's settings, as with --tiny (15 s on one core).
 """
@@ -49,12 +50,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint directory to attack, ours or any other")
-    add("--base", default=None, help="the untouched model θ_init, hub name or directory; None: args.json's")
+    add("--ckpt", required=True, help="model to attack: checkpoint directory, ours or any other, or hub name")
+    add("--base", default=None, help="the untouched model θ_init; None: args.json's, or else --ckpt itself")
     add("--recovery", default="camel-ai/biology", help="pairs: hub name, zip, folder of json, or jsonl")
     add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
-    add("--out", default=None, help="directory to write; None: CKPT/recovered")
+    add("--out", default=None, help="directory to write; None: CKPT/recovered (hub name: under out/)")
+    add("--name", default=None, help="row of a foreign checkpoint in the table; None: its directory's name")
     add("--lr", type=float, default=2e-5, help="learning rate of AdamW, constant (paper: not stated)")
     add("--steps", type=int, default=1000, help="optimizer steps (Figure 3)")
     add("--batch", type=int, default=64, help="pairs per batch; a step uses one (paper: not stated)")
@@ -78,11 +80,10 @@ def parse_args(argv=None):
             parser.set_defaults(**TINY | files, tiny=True)
         parser.set_defaults(**{"base": known["base"]} if known.get("base") else {})
     args = parser.parse_args(argv)
-    args.out = args.out or str(Path(args.ckpt) / "recovered")
-    if not Path(args.ckpt).is_dir():
+    there = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
+    args.out, args.base = args.out or str(there / "recovered"), args.base or args.ckpt
+    if not Path(args.ckpt).is_dir() and Path(args.ckpt).parts[0] in ("out", "..", "/"):
         parser.error(f"--ckpt {args.ckpt}: no such directory; run the script that writes it first")
-    if not args.base:
-        parser.error(f"{args.ckpt} has no args.json that names its base model; give it with --base")
     if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2")
     if not 0 < args.lr < 1:
@@ -174,6 +175,8 @@ def show_row(name, row):
 def main(args):
     run, plans, scored = Run(args), {}, {}
     model = run.load(args.ckpt, flag="--ckpt")
+    if args.base == args.ckpt:
+        print(f"{args.ckpt} is taken as an untouched base; an unlearned model needs --base, the model before")
     texts, mmlu = (None, None) if args.dry_run else (load_pairs(args.recovery), load_mmlu(args.mmlu))
     pairs = run.stream(texts, args.batch, "recovery")
 
@@ -202,7 +205,7 @@ def main(args):
     row = paper_scores(init, theta, scored["last"][0])
     write_json(Path(args.out) / "scores.json", row)
     show_row(Path(args.ckpt).name, row)
-    print(f"\nnext: python evaluate_mmlu.py --table {Path(args.ckpt).parent} --format {args.format}")
+    print(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parents[1]} --format {args.format}")
 
 
 if __name__ == "__main__":

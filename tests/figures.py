@@ -30,7 +30,7 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported
 
 from common import fail
-from evaluate_mmlu import TABLE_1, TABLE_2, average, read_json, rows_under, scored
+from evaluate_mmlu import average, read_json, rows_under, scored
 
 
 def curves(runs, phase, key):
@@ -107,12 +107,13 @@ def figures(root, rows, form):
     except ImportError:
         fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
     rows = {name: runs for name, runs in rows.items() if runs[0]["attack"]}
-    rows = {name: runs for name, runs in rows.items() if name in TABLE_1 or name not in TABLE_2} or rows
+    best = "AdvProbes-5 (IDK, Frz.)"  # of Table 1; the others are Table 2's
+    rows = {name: runs for name, runs in rows.items() if name == best or name[:9] != "AdvProbes"} or rows
     if not rows:
         fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints first")
     matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.5})
-    names = [name.replace(", 5 steps, IDK, frozen", "") for name in rows]
+    names = ["Adversarial Probes" if name == best else name for name in rows]
     for name, draw in (("figure2", figure_2), ("figure3", figure_3)):
         save_figure(draw(Figure, rows, names, form), Path(root) / "figures", name)
 

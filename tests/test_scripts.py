@@ -178,10 +178,11 @@ def test_help_is_quick_and_shows_every_default(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_flag_goes_unread(script):
     source = (ROOT / f"{script}.py").read_text()
-    common = (ROOT / "common.py").read_text().replace("self.args.", "args.")
+    read = source + (ROOT / "common.py").read_text().replace("self.args.", "args.")
+    read += "args.name" if '["arguments"].get("name")' in (ROOT / "evaluate_mmlu.py").read_text() else ""
     flags = [flag.replace("-", "_") for flag in re.findall(r'add\("--([\w-]+)"', source)]
     assert len(flags) > 8
-    assert [f for f in flags if not re.search(rf"args\.{f}\b", source + common)] == []
+    assert [f for f in flags if not re.search(rf"args\.{f}\b", read)] == []
 
 
 # ---- bad input: one line, exit status 2, no traceback, nothing written
@@ -293,9 +294,19 @@ def test_a_finished_run_is_not_overwritten(out):
     assert (out / "rmat" / "args.json").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_program_is_asked_for_its_base(tmp_path, capsys):
+def test_an_untouched_model_is_attacked_as_its_own_base(tmp_path):
+    """A checkpoint of another program, without args.json and --base; its row is the table's Base."""
+    import evaluate_mmlu
+
     shutil.copytree(WORLD / "base", tmp_path / "ckpt", ignore=shutil.ignore_patterns("args.json", "mmlu*"))
-    refused(capsys, "recover", "--ckpt", tmp_path / "ckpt", says="--base")
+    flags = ("--base", tmp_path / "ckpt", "--tiny", "--steps", 2, "--eval-every", 9)
+    done = run("recover", "--ckpt", tmp_path / "ckpt", *flags)
+    assert done.returncode == 0 and "untouched base" in done.stdout, done.stderr
+    scores = json.loads((tmp_path / "ckpt" / "recovered" / "scores.json").read_text())
+    assert scores["score_u"] == 0 and scores["retain"] == 100
+    assert list(evaluate_mmlu.rows_under(tmp_path, "cloze")) == ["Base"]
+    args = importlib.import_module("recover").parse_args(["--ckpt", "owner/model"])
+    assert (args.base, args.out) == ("owner/model", "out/owner--model/recovered")
 
 
 def test_a_loss_of_nan_stops_and_leaves_the_last_good_weights(tmp_path, monkeypatch, capsys):
