@@ -110,7 +110,9 @@ def measure(method, model, args):
     plain = partial(plain_passes, model, Batches(batch, args.tokens, model.config.vocab_size))
     marks, n = [], max(passes, 3)
 
-    def log(i, steps, **_):  # waits for the device after the first step and at the end: steps overlap as in a real run
+    def log(
+        i, steps, **_
+    ):  # waits for the device after the first step and at the end: steps overlap as in a real run
         if i in (1, steps):
             marks.append(clock())
 
@@ -189,7 +191,9 @@ def main(args):
     with ThreadPoolExecutor(4 if CUDA else 1) as pool:  # before anything is timed
         predicted = dict(zip(cells, pool.map(lambda cell: predict(*cell, args), cells)))
     print(f"{where}, torch {torch.__version__}, {args.batch} x {args.tokens} tokens, K = {args.K}\n")
-    print("| model | method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|", flush=True)
+    print(
+        "| model | method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|", flush=True
+    )
     rows, bad = [], []
     for name in args.models:
         model = random_model(CONFIGS[name], torch.bfloat16 if CUDA else torch.float32).train()
@@ -206,7 +210,13 @@ def main(args):
         del model
         if CUDA:
             torch.cuda.empty_cache()
-    facts = {"device": where, "torch": torch.__version__, "batch": args.batch, "tokens": args.tokens, "K": args.K}
+    facts = {
+        "device": where,
+        "torch": torch.__version__,
+        "batch": args.batch,
+        "tokens": args.tokens,
+        "K": args.K,
+    }
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     print("\n" + "\n".join([*bad, f"wrote {args.out}"]))
@@ -215,10 +225,21 @@ def main(args):
 
 if __name__ == "__main__":
     parser, add = flags(__doc__)
-    add("--models", nargs="+", default=[m for m in CONFIGS if m != "toy"], choices=CONFIGS, help="configs to build")
+    add(
+        "--models",
+        nargs="+",
+        default=[m for m in CONFIGS if m != "toy"],
+        choices=CONFIGS,
+        help="configs to build",
+    )
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="what to run")
     add("--K", type=int, default=4, help="adversary steps of MLAC-AR")
-    add("--batch", type=int, default=16, help="texts per batch; Recovery uses four times as many, as by default")
+    add(
+        "--batch",
+        type=int,
+        default=16,
+        help="texts per batch; Recovery uses four times as many, as by default",
+    )
     add("--tokens", type=int, default=256, help="tokens per text")
     add("--steps", type=int, default=3, help="timed steps of a method")
     add("--out", default="out/bench_gpu.json", help="file of the results")

@@ -62,7 +62,11 @@ def harness_tasks(mmlu, form, folder):
             lines = [{"question": q, "subject": subject, "choices": c, "answer": a} for q, c, a in rows]
             Path(files[name]).write_text("".join(json.dumps(x) + "\n" for x in lines))
         own = yaml.safe_load((home / f"mmlu_{subject}.yaml").read_text())
-        config = template | {"task": f"mmlu_{subject}{end}", "description": own["description"], "num_fewshot": 5}
+        config = template | {
+            "task": f"mmlu_{subject}{end}",
+            "description": own["description"],
+            "num_fewshot": 5,
+        }
         config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         tasks[subject] = ConfigurableTask(config=config)
     return tasks
@@ -72,7 +76,9 @@ def ask_harness(lm, tasks):
     """{(subject, index): four log-probabilities} by lm-evaluation-harness."""
     result = lm_eval.evaluate(lm=lm, task_dict={t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
     samples = {subject: result["samples"][task.config.task] for subject, task in tasks.items()}
-    return {(s, x["doc_id"]): [float(r[0]) for r in x["filtered_resps"]] for s, xs in samples.items() for x in xs}
+    return {
+        (s, x["doc_id"]): [float(r[0]) for r in x["filtered_resps"]] for s, xs in samples.items() for x in xs
+    }
 
 
 def ask_ours(model, tokenizer, mmlu, form):
@@ -113,9 +119,13 @@ def compare(theirs, ours, mmlu, form):
             gap = min(sorted(s)[-1] - sorted(s)[-2] for s in scores)
             ties, wrong = ties + (gap < 1e-3), wrong + (gap >= 1e-3)
             if gap >= 1e-3:
-                print(f"  differs: {subject} {index}: ours {ours[subject, index]}, lm-evaluation-harness {line}")
+                print(
+                    f"  differs: {subject} {index}: ours {ours[subject, index]}, lm-evaluation-harness {line}"
+                )
     off = max(abs(x - y) for key in theirs for x, y in zip(ours[key], theirs[key]))
-    print(f"{form}: {len(theirs)} questions, {len(theirs) - ties - wrong} answers agree, {ties} ties, {wrong} differ")
+    print(
+        f"{form}: {len(theirs)} questions, {len(theirs) - ties - wrong} answers agree, {ties} ties, {wrong} differ"
+    )
     print(f"{form}: largest difference of a log-probability {off:.1e}")
     return wrong
 
@@ -142,7 +152,13 @@ if __name__ == "__main__":
     add("--mmlu", required=True, help="folder of MMLU's CSVs: dev/, val/, test/")
     add("--split", default="validation", choices=("test", "validation"), help="questions to ask")
     add("--subjects", nargs="+", default=None, help="ask these subjects only; None: all of the folder")
-    add("--format", nargs="+", default=["letter", "cloze"], choices=("letter", "cloze"), help="formats to compare")
+    add(
+        "--format",
+        nargs="+",
+        default=["letter", "cloze"],
+        choices=("letter", "cloze"),
+        help="formats to compare",
+    )
     add("--ckpt", default=None, help="checkpoint directory to ask; None: the random model")
     add("--batch", type=int, default=8, help="lm-evaluation-harness's batch size")
     sys.exit(main(parser.parse_args()))

@@ -32,7 +32,10 @@ def time_ratio(model, args):
     def log(i, N, **_):  # the first outer step of a run allocates the buffers and is not timed
         if i > 1:
             step, plain = clock() - marks[-1], seconds(plain_passes, model, batches, n)
-            print(f"outer step {step:.2f} s | {n} plain passes {plain:.2f} s | ratio {step / plain:.3f}", flush=True)
+            print(
+                f"outer step {step:.2f} s | {n} plain passes {plain:.2f} s | ratio {step / plain:.3f}",
+                flush=True,
+            )
             times.append((step, plain))
         marks.append(clock())
 
@@ -46,8 +49,12 @@ def time_ratio(model, args):
 def memory_ratio(args):
     """Peak of a process that runs one outer step with K = 32 over that with K = 1 (each a fresh process)."""
     command = [sys.executable, __file__, "--width", str(args.width), "--layers", str(args.layers), "--peak"]
-    one, many = (int(subprocess.run([*command, k], capture_output=True, check=True).stdout) for k in ("1", "32"))
-    print(f"peak at K = 1: {one / 1e6:.0f} MB, at K = 32: {many / 1e6:.0f} MB, ratio {many / one:.3f} (limit 1.05)")
+    one, many = (
+        int(subprocess.run([*command, k], capture_output=True, check=True).stdout) for k in ("1", "32")
+    )
+    print(
+        f"peak at K = 1: {one / 1e6:.0f} MB, at K = 32: {many / 1e6:.0f} MB, ratio {many / one:.3f} (limit 1.05)"
+    )
     return many / one
 
 

@@ -22,7 +22,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("dir", metavar="DIR", help="directory of runs that recover.py attacked")
-    add("--format", default="letter", choices=("letter", "cloze"), help="draw accuracies by the letters, or by the options' text")
+    add(
+        "--format",
+        default="letter",
+        choices=("letter", "cloze"),
+        help="draw accuracies by the letters, or by the options' text",
+    )
     return parser.parse_args(argv)
 
 
@@ -41,7 +46,9 @@ def curves(runs, phase, key):
             entry = json.loads(line)
             if entry["phase"] == phase:
                 values.setdefault(entry["step"], []).append(entry[key])
-    spread = {step: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for step, v in values.items()}
+    spread = {
+        step: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for step, v in values.items()
+    }
     return [(step, statistics.mean(v), spread[step]) for step, v in sorted(values.items())]
 
 
@@ -70,7 +77,13 @@ def figure_2(Figure, rows, names, form):
     axes.set(xlim=(0, 104), xlabel=f"forget accuracy, % ({form})")
     axes.set_yticks([i + 0.19 for i in range(len(rows))], names)
     axes.invert_yaxis()
-    legend = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.9), "ncols": 3, "frameon": False, "handlelength": 3.5}
+    legend = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, 0.9),
+        "ncols": 3,
+        "frameon": False,
+        "handlelength": 3.5,
+    }
     figure.legend(*axes.get_legend_handles_labels(), **legend)
     return figure
 
@@ -80,7 +93,12 @@ def figure_3(Figure, rows, names, form):
     figure = Figure(figsize=(6.9, 2.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, runs in enumerate(rows.values()):
-        look = {"color": f"{0.6 * (i % 3) / 2:.2f}", "ls": ("-", "--", ":", "-.")[i % 4], "lw": 0.9, "label": names[i]}
+        look = {
+            "color": f"{0.6 * (i % 3) / 2:.2f}",
+            "ls": ("-", "--", ":", "-.")[i % 4],
+            "lw": 0.9,
+            "label": names[i],
+        }
         look |= {"marker": "os^Dv<>pX*"[i % 10], "ms": 3.2, "mfc": "white" if i % 2 else None}
         steps, means, _ = zip(*curves(runs, "step", "loss"))
         left.plot(steps, means, markevery=(i % 4, 4), **look)
@@ -110,7 +128,9 @@ def figures(root, rows, form):
     best = "AdvProbes-5 (IDK, Frz.)"  # of Table 1; the others are Table 2's
     rows = {name: runs for name, runs in rows.items() if name == best or name[:9] != "AdvProbes"} or rows
     if not rows:
-        fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints first")
+        fail(
+            f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints first"
+        )
     matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.5})
     names = ["Adversarial Probes" if name == best else name for name in rows]

@@ -59,11 +59,25 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add(
-        "--worlds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the worlds; 0 is shipped, others are trained"
+        "--worlds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of the worlds; 0 is shipped, others are trained",
     )
-    add("--methods", nargs="+", default=[*TUNED, *VARIANTS], choices=[*TUNED, *VARIANTS], help="rows to measure")
+    add(
+        "--methods",
+        nargs="+",
+        default=[*TUNED, *VARIANTS],
+        choices=[*TUNED, *VARIANTS],
+        help="rows to measure",
+    )
     add("--jobs", type=int, default=1, help="scripts at a time, one thread each")
-    add("--out", default="out/tables", help="folder of the runs; beside it OUT-grid: tuning, OUT-3e-3: harder attack")
+    add(
+        "--out",
+        default="out/tables",
+        help="folder of the runs; beside it OUT-grid: tuning, OUT-3e-3: harder attack",
+    )
     add("--report", action="store_true", help="print what is there, run nothing")
     return parser.parse_args(argv)
 
@@ -118,7 +132,14 @@ class Tables:
         """The files and one model ("base", "filtered") of a world, scored in both formats; trained if missing."""
         folder = self.out / f"world{seed}"
         if not (folder / kind / "args.json").exists():
-            run(HERE / "train.py", "--seed", seed, "--out", folder, *(["--filtered"] if kind == "filtered" else []))
+            run(
+                HERE / "train.py",
+                "--seed",
+                seed,
+                "--out",
+                folder,
+                *(["--filtered"] if kind == "filtered" else []),
+            )
         for form in ("cloze", "letter"):
             self.score([folder / kind], folder, form)
 
@@ -179,7 +200,10 @@ class Tables:
         for last in (False, True):  # RMAT needs Random Mapping's result
             cells = [(m, s) for s in self.worlds for m in rates if (m == "rmat") == last]
             self.each(self.unlearn, *[(m, s, rates[m], self.out / f"world{s}" / m) for m, s in cells])
-        self.each(self.attack, *[(s, name, a) for s in self.worlds for name in ("filtered", *rates) for a in ATTACKS])
+        self.each(
+            self.attack,
+            *[(s, name, a) for s in self.worlds for name in ("filtered", *rates) for a in ATTACKS],
+        )
 
     def gates(self, form):
         """Prints the gates of one format; a gate's sentence ends in what it asks for."""
@@ -187,26 +211,42 @@ class Tables:
         for name in ("base", "filtered", *self.methods):
             for when in ("before", *ATTACKS):
                 for seed in self.worlds:
-                    there = self.out / f"world{seed}" / name if when == "before" else self.attacked(seed, name, when)
+                    there = (
+                        self.out / f"world{seed}" / name
+                        if when == "before"
+                        else self.attacked(seed, name, when)
+                    )
                     for side in ("forget", "retain") if scores(there, form) else ():
                         acc.setdefault((name, when, side), []).append(100 * scores(there, form)[side]["acc"])
         acc = {key: values for key, values in acc.items() if len(values) == len(self.worlds)}
         mean = {key: statistics.mean(values) for key, values in acc.items()}
         low = [min(acc["base", "before", side]) for side in ("forget", "retain")]
-        print(f"1 base: forget {low[0]:.1f}, retain {low[1]:.1f} in its worst world (>= 95 cloze, >= 90 letter)")
+        print(
+            f"1 base: forget {low[0]:.1f}, retain {low[1]:.1f} in its worst world (>= 95 cloze, >= 90 letter)"
+        )
         print(f"2 control: forget {mean['filtered', 'before', 'forget']:.1f} (chance, 25)")
         for m in [m for m in NAIVE if (m, ATTACKS[-1], "forget") in mean]:
             cost = mean["base", "before", "retain"] - mean[m, "before", "retain"]
-            print(f"3 {m}: forget {mean[m, 'before', 'forget']:.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
+            print(
+                f"3 {m}: forget {mean[m, 'before', 'forget']:.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)"
+            )
             lost = [b - u for b, u in zip(acc["base", "before", "forget"], acc[m, "before", "forget"])]
-            back = {a: [x - u for x, u in zip(acc[m, a, "forget"], acc[m, "before", "forget"])] for a in ATTACKS}
+            back = {
+                a: [x - u for x, u in zip(acc[m, a, "forget"], acc[m, "before", "forget"])] for a in ATTACKS
+            }
             if min(lost) > 5:
                 shares = {a: statistics.mean(x / y for x, y in zip(back[a], lost)) for a in ATTACKS}
-                print(f"4 {m}: {100 * max(shares.values()):.0f} % of what was lost comes back at the best rate (>= 50)")
-        print("4 control after the attacks: " + ", ".join(f"{mean['filtered', a, 'forget']:.1f}" for a in ATTACKS))
+                print(
+                    f"4 {m}: {100 * max(shares.values()):.0f} % of what was lost comes back at the best rate (>= 50)"
+                )
+        print(
+            "4 control after the attacks: "
+            + ", ".join(f"{mean['filtered', a, 'forget']:.1f}" for a in ATTACKS)
+        )
         if ("rmat", ATTACKS[-1], "forget") in mean and ("random_mapping", ATTACKS[-1], "forget") in mean:
             worst = {
-                m: [max(x) for x in zip(*(acc[m, a, "forget"] for a in ATTACKS))] for m in ("random_mapping", "rmat")
+                m: [max(x) for x in zip(*(acc[m, a, "forget"] for a in ATTACKS))]
+                for m in ("random_mapping", "rmat")
             }
             gaps = [a - b for a, b in zip(worst["random_mapping"], worst["rmat"])]
             se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
@@ -221,7 +261,9 @@ def main(args):
         tables.fill()
     elif not (tables.out.with_name(f"{tables.out.name}-{ATTACKS[1]}")).exists():
         raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
-    print("\nTuning on world 0: retain / forget before the attack, percent, by text; the rate taken is in bold\n")
+    print(
+        "\nTuning on world 0: retain / forget before the attack, percent, by text; the rate taken is in bold\n"
+    )
     print("| | " + " | ".join(RATES) + " |\n|---|" + "---|" * len(RATES))
     for method in [m for m in TUNED if m in tables.methods]:
         found = {rate: scores(tables.grid / f"{method}-{rate}") for rate in RATES}
