@@ -155,7 +155,7 @@ def test_the_dry_run_predicts_the_step(name, tmp_path, capsys):
     toy.config.save_pretrained(tmp_path)
     where = ("--ckpt", str(tmp_path), "--base", "x") if module is recover else ("--model", str(tmp_path))
     told, (peak, between) = predicted(module, capsys, *where, *flags), measured(step, host)
-    assert abs(told["peak"] / peak - 1) < 0.05 and abs(told["between steps"] / between - 1) < 0.05, (
+    assert abs(told["peak"] / peak - 1) < 0.02 and abs(told["between steps"] / between - 1) < 0.02, (
         told,
         peak,
         between,
