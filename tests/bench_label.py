@@ -1,22 +1,22 @@
 """What labelling costs, against generating the judge's answer and against plain forward passes.
 
-    python tests/bench_label.py                                              # the miniature, a minute
-    python tests/bench_label.py --memory                                     # 1 GB of text against 10 MB of it
-    python tests/bench_label.py --judge openchat/openchat-3.5-0106 --pile 00.jsonl.zst       # a real judge
+    python tests/bench_label.py                                            # the miniature, a minute
+    python tests/bench_label.py --memory                                   # 1 GB of text against 10 MB of it
+    python tests/bench_label.py --judge openchat/openchat-3.5-0106 --pile 00.jsonl.zst     # a real judge
 
 The prompt is label_pile.py's own, question and turn (the miniature knows few of its words, which costs no time).
-Labelling reads yes and no at the first position of the answer, the question's cache shared by all chunks.
-Generating is model.generate of 8 tokens, greedy, padded on the left, as a script without label_pile.py's ways
-would have it. Plain passes are over the same batches, every row in full with its question, without a cache,
-logits at one position. Both are timed in turn with labelling, on the same chunks; medians are printed.
+Labelling reads yes and no at the first position of the answer, the question's cache shared by all chunks. All
+are timed in turn on the same chunks; medians of the ratios are printed, and the exit status is 1 outside a limit:
 
-The plain passes are compared per token, padding included; labelling's tokens are the question once and the rest
-of every row. In labelling almost every token comes after the question and attends to all of it, in a whole
-prompt to half as much on average: in a judge as narrow as the miniature (width 64), where attention is half of
-the work, that alone can cost a fifth; at a real judge's width it is nothing. --width makes a random judge.
+    generating  model.generate of 8 tokens, greedy, padded on the left, as a script without label_pile.py's ways
+                would have it; at least 5 times labelling's seconds
+    plain       forward passes over the same batches, every row in full with its question, right-padded, without
+                a cache, logits at one position; labelling takes at most 1.1 times as long per token. Tokens are
+                those computed, padding included: in labelling the question once, and the rest of every row
 
-Exit status 1 if generating takes less than 5 times as long as labelling, or if a token of labelling takes more
-than 1.1 times as long as one of the plain passes.
+A token of labelling attends to the whole question, one of a plain pass to half of its row on average. In the
+miniature (width 64) attention is half of the work, and this alone costs a quarter; in a real judge it is
+nothing. So without --judge the second comparison is on a random judge of six layers of --width.
 
 --memory reads 10 MB and 1 GB of text, the documents repeated in a .jsonl.zst, in a process each as label_pile.py
 does (a thousandth of the documents is cut into chunks), and prints the peaks of resident memory. Exit status 1
@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from timing import DEVICE, clock, flags, in_turn, llama, median_ratio, random_model
 
@@ -48,28 +47,25 @@ def generate(model, tokenizer, texts, head, tail, batch):
         T = max(map(len, rows))
         ids = torch.tensor([[0] * (T - len(r)) + r for r in rows], device=model.device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows], device=model.device)
-        model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
-        )
+        more = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        model.generate(input_ids=ids, attention_mask=mask, **more)
+
+
+def batches_of(model, label):
+    """(tokens that labelling computes, its batches of rows (B, T) with the question before each)."""
+    seen = []  # what the model is given: the question (1, P), then batches of the rest of the rows
+    hook = model.base_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    label()
+    hook.remove()
+    question, *rest = seen
+    return sum(ids.numel() for ids in seen), [torch.cat([question.expand(len(r), -1), r], 1) for r in rest]
 
 
 @torch.inference_mode()
 def plain_forward(model, batches):
     """Forward passes without a cache, logits at the last position of each row."""
     for ids in batches:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits(model, hidden[:, -1])
-
-
-def batches_of(model, label):
-    """(labelling's tokens, its batches (B, T) with the question before every row)."""
-    seen = []  # what labelling gives the model: the question (1, P), then batches of the rest of the rows
-    hook = model.base_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    label()
-    hook.remove()
-    question, *rest = seen
-    whole = [torch.cat([question.expand(len(ids), -1), ids], 1) for ids in rest]
-    return sum(ids.numel() for ids in seen), whole
+        logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
 
 
 def memory(source):
@@ -81,56 +77,61 @@ def memory(source):
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for size in (10_000_000, 1_000_000_000):
-            path = Path(folder) / f"{size}.jsonl.zst"
+            path, start = Path(folder) / f"{size}.jsonl.zst", clock()
             with open(path, "wb") as f, zstandard.ZstdCompressor(level=1).stream_writer(f) as z:
                 for _ in range(size // len(block) + 1):
                     z.write(block)
-            start, command = clock(), [sys.executable, __file__, "--read", path]
-            peaks.append(
-                int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-            )
-            print(
-                f"{size / 1e6:.0f} MB of text: peak {peaks[-1] / 1e6:.0f} MB, {clock() - start:.0f} s",
-                flush=True,
-            )
+            peaks.append(int(subprocess.check_output([sys.executable, __file__, "--read", path]).split()[-1]))
+            print(f"{size / 1e6:.0f} MB: peak {peaks[-1] / 1e6:.0f} MB, {clock() - start:.0f} s", flush=True)
     print(f"1 GB over 10 MB: {peaks[1] / peaks[0]:.3f} (limit 1.1)")
     return peaks[1] / peaks[0]
 
 
 def main(args):
-    rows = read_rows(args.read or args.pile or TINY["pile"], "--pile", ("text",), streaming=True)
-    if args.read:
-        tokenizer = AutoTokenizer.from_pretrained(args.judge or TINY["judge"])
-        n = sum(1 for _ in read_chunks(rows, tokenizer, 207, (0, 1000), 1e12, None))
-        print(n, "chunks", peak_bytes())
-        return 0
     if args.memory:
         return int(memory(args.pile or TINY["pile"]) > 1.1)
     model, tokenizer = load_model(args.judge or TINY["judge"])
-    if args.width:
-        model = random_model(
-            llama(len(tokenizer), args.width, args.width * 11 // 4, 6, args.width // 64)
-        ).eval()
+    rows = read_rows(args.read or args.pile or TINY["pile"], "--pile", ("text",), streaming=True)
+    if args.read:
+        print(
+            sum(1 for _ in read_chunks(rows, tokenizer, 207, (0, 1000), 1e12, None)), "chunks", peak_bytes()
+        )
+        return 0
     head, tail = frame(tokenizer, QUESTION, "biology", chat=True)
     texts = [c[1] for c, _ in zip(read_chunks(rows, tokenizer, 207, (0, 1), 1e12, None), range(args.chunks))]
     budget = args.batch * max(len(i) for i in tokenizer([head + t + tail for t in texts]).input_ids)
-    label = partial(judge, model, tokenizer, texts, head, tail, budget)
-    n, whole = batches_of(model, label)
-    share, times = n / sum(ids.numel() for ids in whole), []
-    works = (
-        label,
-        partial(generate, model, tokenizer, texts, head, tail, args.batch),
-        partial(plain_forward, model, whole),
-    )
-    for ours, generated, passed in in_turn(args.rounds, *works):
-        times.append((ours, generated, passed * share))
-        pace = f"labelling {len(texts) / ours:.0f} chunks/s, {n / ours:.0f} tokens/s"
-        others = f"generating {len(texts) / generated:.0f} chunks/s | plain {n / times[-1][2]:.0f} tokens/s"
-        print(f"{pace} | {others}", flush=True)
-    faster, over = median_ratio((g, o) for o, g, _ in times), median_ratio((o, p) for o, _, p in times)
-    print(f"generating takes {faster:.1f} times as long (at least 5) | {DEVICE} | batch {args.batch}")
+
+    def label(model, texts):
+        return partial(judge, model, tokenizer, texts, head, tail, budget)
+
+    times, ours = [], label(model, texts)
+    ours()
+    for a, b in in_turn(
+        args.rounds, ours, partial(generate, model, tokenizer, texts, head, tail, args.batch)
+    ):
+        print(
+            f"labelling {len(texts) / a:.0f} chunks/s | generating {len(texts) / b:.0f} | {b / a:.1f} x",
+            flush=True,
+        )
+        times.append((b, a))
+    faster, times = median_ratio(times), []
+    if not args.judge:
+        texts, sizes = texts[: args.chunks // 4], (args.width, args.width * 11 // 4, 6, args.width // 64)
+        model = random_model(llama(len(tokenizer), *sizes)).eval()
+        ours = label(model, texts)
+    n, whole = batches_of(model, ours)
+    share = n / sum(ids.numel() for ids in whole)
+    for a, b in in_turn(args.rounds, ours, partial(plain_forward, model, whole)):
+        times.append((a, b * share))
+        print(
+            f"labelling {n / a:.0f} tokens/s | plain {n / b / share:.0f} | {a / b / share:.3f} x", flush=True
+        )
+    over = median_ratio(times)
     print(
-        f"a token of labelling takes {over:.2f} times as long as one of plain passes (limit 1.1) | {n} tokens"
+        f"generating takes {faster:.1f} times as long as labelling (at least 5) | {DEVICE}, batch {args.batch}"
+    )
+    print(
+        f"labelling takes {over:.3f} times as long per token as plain passes (limit 1.1) | {DEVICE}, {n} tokens"
     )
     return int(faster < 5 or over > 1.1)
 
@@ -138,16 +139,11 @@ def main(args):
 if __name__ == "__main__":
     parser, add = flags(__doc__)
     add("--judge", default=None, help="hub name or directory; None: the miniature's base")
-    add(
-        "--width",
-        type=int,
-        default=None,
-        help="a random judge of six layers of this width, a multiple of 64, instead",
-    )
+    add("--width", type=int, default=512, help="of the random judge, a multiple of 64")
     add("--pile", default=None, help="documents; None: the miniature's")
-    add("--chunks", type=int, default=256, help="chunks to judge")
+    add("--chunks", type=int, default=256, help="chunks to judge; the random judge gets a quarter of them")
     add("--batch", type=int, default=16, help="chunks per batch")
-    add("--rounds", type=int, default=5, help="times that all are timed in turn")
+    add("--rounds", type=int, default=3, help="times that both sides are timed in turn")
     add("--memory", action="store_true", help="compare the memory of reading 1 GB with that of 10 MB instead")
     add("--read", default=None, metavar="FILE", help="only read FILE and print the peak bytes")
     sys.exit(main(parser.parse_args()))

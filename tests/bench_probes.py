@@ -2,9 +2,9 @@
 
     python tests/bench_probes.py          # half a minute on two cores
 
-Runs of adv_probes with one and with six probe steps per model step are timed in turn on the same batches: five probe
-steps are the difference, the model step is what is left. The median of the ratios is printed. Exit status 1 if a probe
-step costs a quarter of a model step or more, as it would if the streams were computed again for it.
+Runs of adv_probes with one and with six probe steps per model step are timed in turn on the same batches: five
+probe steps are the difference, the model step is what is left. The median of the ratios is printed. Exit status
+1 if a probe step costs a quarter of a model step or more, as if the streams were computed again for it.
 """
 
 import sys
@@ -17,14 +17,15 @@ from common import Stream, load_chunks, load_model
 
 def main(args):
     model, tokenizer = load_model(TINY["model"])
-    forget, retain = load_chunks(TINY["data"])
-    sets = {"forget": forget, "retain": retain, "match": match_texts("idk", TINY["tokens"], 0)}
     more = {"batch": TINY["batch"], "tokens": TINY["tokens"], "seed": 0, "device": model.device}
-    streams = [Stream(texts, tokenizer, purpose=purpose, **more) for purpose, texts in sets.items()]
+    sets = zip(
+        ("forget", "retain", "match"), (*load_chunks(TINY["data"]), match_texts("idk", TINY["tokens"], 0))
+    )
+    streams = [Stream(texts, tokenizer, purpose=purpose, **more) for purpose, texts in sets]
 
     def run(n):
-        more = {"probe_steps": n, "probe_width": TINY["probe_width"]}
-        adv_probes(model, *streams, steps=args.steps, lr=1e-9, **more)
+        width = TINY["probe_width"]
+        adv_probes(model, *streams, steps=args.steps, lr=1e-9, probe_steps=n, probe_width=width)
 
     run(1)  # tokenises, warms up
     times = []

@@ -3,8 +3,9 @@
     python tests/figures.py DIR                     # -> DIR/figures/figure2, figure3, as PNG and SVG
     python tests/figures.py DIR --format cloze      # the same, options scored by text
 
-Figure 2 is forget accuracy before and after Recovery, Figure 3 the attack's loss and forget accuracy by attack step.
-The rows are those that `python evaluate_mmlu.py --table DIR` prints. Needs matplotlib (tests/requirements.txt).
+Figure 2 is forget accuracy before and after Recovery, Figure 3 the attack's loss and forget accuracy by attack
+step. The rows are those that `python evaluate_mmlu.py --table DIR` prints. Needs matplotlib
+(tests/requirements.txt).
 """
 
 import argparse
@@ -22,12 +23,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("dir", metavar="DIR", help="directory of runs that recover.py attacked")
-    add(
-        "--format",
-        default="letter",
-        choices=("letter", "cloze"),
-        help="draw accuracies by the letters, or by the options' text",
-    )
+    add("--format", default="letter", choices=("letter", "cloze"), help="which scores to draw")
     return parser.parse_args(argv)
 
 
@@ -36,6 +32,12 @@ if __name__ == "__main__":
 
 from common import fail
 from evaluate_mmlu import average, read_json, rows_under, scored
+
+LEGEND = {"frameon": False, "handlelength": 3.5}
+
+
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def curves(runs, phase, key):
@@ -46,10 +48,7 @@ def curves(runs, phase, key):
             entry = json.loads(line)
             if entry["phase"] == phase:
                 values.setdefault(entry["step"], []).append(entry[key])
-    spread = {
-        step: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for step, v in values.items()
-    }
-    return [(step, statistics.mean(v), spread[step]) for step, v in sorted(values.items())]
+    return [(step, statistics.mean(v), standard_error(v)) for step, v in sorted(values.items())]
 
 
 def save_figure(figure, folder, name):
@@ -71,20 +70,15 @@ def figure_2(Figure, rows, names, form):
     )):  # fmt: skip
         axes.barh(
             [i + 0.38 * place for i in range(len(rows))], [v[key] for v in values], 0.38, label=label, lw=0.6,
-            edgecolor="black", xerr=[v[f"{key}_se"] for v in values], error_kw={"lw": 0.8, "capsize": 1.5}, **style,
+            edgecolor="black", xerr=[v[f"{key}_se"] for v in values], error_kw={"lw": 0.8, "capsize": 1.5},
+            **style,
         )  # fmt: skip
     axes.axvline(25, color="black", lw=0.8, ls="--", label="chance")
     axes.set(xlim=(0, 104), xlabel=f"forget accuracy, % ({form})")
     axes.set_yticks([i + 0.19 for i in range(len(rows))], names)
     axes.invert_yaxis()
-    legend = {
-        "loc": "lower center",
-        "bbox_to_anchor": (0.5, 0.9),
-        "ncols": 3,
-        "frameon": False,
-        "handlelength": 3.5,
-    }
-    figure.legend(*axes.get_legend_handles_labels(), **legend)
+    below = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.9), "ncols": 3}
+    figure.legend(*axes.get_legend_handles_labels(), **below, **LEGEND)
     return figure
 
 
@@ -93,13 +87,13 @@ def figure_3(Figure, rows, names, form):
     figure = Figure(figsize=(6.9, 2.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, runs in enumerate(rows.values()):
-        look = {
-            "color": f"{0.6 * (i % 3) / 2:.2f}",
-            "ls": ("-", "--", ":", "-.")[i % 4],
-            "lw": 0.9,
+        look = {"color": f"{0.6 * (i % 3) / 2:.2f}", "ls": ("-", "--", ":", "-.")[i % 4], "lw": 0.9}
+        look |= {
             "label": names[i],
+            "marker": "os^Dv<>pX*"[i % 10],
+            "ms": 3.2,
+            "mfc": "white" if i % 2 else None,
         }
-        look |= {"marker": "os^Dv<>pX*"[i % 10], "ms": 3.2, "mfc": "white" if i % 2 else None}
         steps, means, _ = zip(*curves(runs, "step", "loss"))
         left.plot(steps, means, markevery=(i % 4, 4), **look)
         runs = [run for run in runs if read_json(run["attack"] / "args.json")["arguments"]["format"] == form]
@@ -109,8 +103,7 @@ def figure_3(Figure, rows, names, form):
     right.axhline(25, color="black", lw=0.8, ls=(0, (1, 3)))
     left.set(xlabel="attack step", ylabel="attack loss, nats per token")
     right.set(xlabel="attack step", ylabel=f"forget accuracy, % ({form})", ylim=(0, 104))
-    legend = {"loc": "outside right center", "frameon": False, "handlelength": 3.5}
-    figure.legend(*left.get_legend_handles_labels(), **legend)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", **LEGEND)
     return figure
 
 
@@ -128,9 +121,7 @@ def figures(root, rows, form):
     best = "AdvProbes-5 (IDK, Frz.)"  # of Table 1; the others are Table 2's
     rows = {name: runs for name, runs in rows.items() if name == best or name[:9] != "AdvProbes"} or rows
     if not rows:
-        fail(
-            f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints first"
-        )
+        fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints")
     matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.5})
     names = ["Adversarial Probes" if name == best else name for name in rows]

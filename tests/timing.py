@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, a clock that waits for the device, works timed in turn, random models and batches.
+"""What the benchmarks share: flags, a clock that waits for the device, random models and batches.
 
 Importing it makes the repository's scripts importable, so it is imported before them.
 """
@@ -55,8 +55,8 @@ def median_ratio(pairs):
 
 def llama(vocab, width, inner, layers, heads, **more):
     """A LlamaConfig of these sizes."""
-    sizes = dict(vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
-    return LlamaConfig(**sizes, num_attention_heads=heads, architectures=["LlamaForCausalLM"], **more)
+    more |= {"vocab_size": vocab, "num_attention_heads": heads, "architectures": ["LlamaForCausalLM"]}
+    return LlamaConfig(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, **more)
 
 
 def random_model(config, dtype=torch.float32):
