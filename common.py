@@ -673,17 +673,11 @@ class HostCopy:
     def load_in_backward(self, params):
         """Inside, backward loads row j as soon as the gradient of params[j] is complete, which is the last
         use of its value; at the end the other rows are loaded, and all have arrived."""
-        left = dict.fromkeys(range(len(params)))
-
-        def load(j):
-            del left[j]
-            self.transfer(j, back=True)
-
-        with when_complete(params, load):
+        with when_complete(params, lambda j: self.transfer(j, back=True)):
             yield
-        for j in [*left]:
-            load(j)
-        for j in range(len(params)):
+        for j, p in enumerate(params):
+            if p.grad is None:  # nothing depended on it
+                self.transfer(j, back=True)
             self.wait(j)
 
 

@@ -1,25 +1,26 @@
-"""What each method costs at full scale: peak memory, seconds per step, tokens per second, model-FLOP utilisation.
+"""What each method costs at full scale: peak memory, seconds per step, tokens per second, MFU.
 
     python tests/bench_gpu.py                                           # three models on one 80 GB GPU
     python tests/bench_gpu.py --models llama-2-7b --methods mlac_ar     # the figure that matters, alone
 
-Models are made from their configs with random weights, so nothing is downloaded; time and memory do not depend on what
-the weights are. Per model and method, on the scripts' own functions and default batches:
+Models are made from their configs with random weights, so nothing is downloaded; time and memory do not
+depend on what the weights are. Per model and method, on the scripts' own functions and default batches:
 
-    peak       bytes allocated at most (torch.cuda.max_memory_allocated), next to what the script's --dry-run predicts
-    s/step     of the steps after the first, which compiles the update rule
-    over plain the step's time over that of as many plain passes (forward and backward of one batch, nothing else) as it
-               has: 2K + 1 for MLAC-AR, 2 for the methods with a forget and a retain batch, 1 for Recovery
-    tokens/s   of all batches of a step
-    MFU        6 FLOPs per weight (embedding aside) and token over the card's bf16 peak; recomputation is not counted
-    waits      times that a step made the host wait for all the device's work, as set_sync_debug_mode sees it
+    peak        bytes allocated at most (torch.cuda.max_memory_allocated); next to it, what --dry-run predicts
+    s/step      of the steps after the first, which compiles the update rule
+    over plain  the step's time over that of as many plain passes (forward and backward of one batch, nothing
+                else) as it has: 2K + 1 for MLAC-AR, 1 for Recovery, 2 for the others
+    tokens/s    of all batches of a step
+    MFU         6 FLOPs per weight (embedding aside) and token over the card's bf16 peak, no recomputation
+    waits       times that a step made the host wait for all the device's work, as set_sync_debug_mode sees it
 
-and for scoring questions per second (letters, five shots, prompts as long as MMLU's are on average). Results go to a
-JSON file too. The 7B and 8B models need some 65 GB of host memory. Without a GPU the same is done at toy size on the
-CPU, where peak is counted in live tensors and MFU is not given: it shows that the bench runs, not what a GPU does.
+and questions per second of scoring (letters, five shots, prompts as long as MMLU's are on average). Results
+go to a JSON file too. The 7B and 8B models need some 65 GB of host memory. Without a GPU the same is done at
+toy size on the CPU, where peak is counted in live tensors and MFU is not given: that the bench runs, not what
+a GPU does.
 
-Exit status 1, on a GPU, if MLAC-AR on a 7B model needs 70 GB or more, if its step takes more than 1.25 times its plain
-passes, or if a dry run is more than a tenth off.
+Exit status 1, on a GPU, if MLAC-AR on a 7B model needs 70 GB or more, if its step takes more than 1.25 times
+its plain passes, or if a dry run is more than a tenth off.
 """
 
 import json
@@ -35,7 +36,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from timing import CUDA, ROOT, Batches, clock, flags, llama, plain_passes, random_model, seconds
+from timing import CUDA, ROOT, Batches, clock, flags, llama, plain_passes, random_model, timed
 
 from adv_probes import adv_probes
 from baselines import baseline
@@ -55,19 +56,15 @@ CONFIGS = {  # vocabulary, width, inner width, layers, heads: from the models' c
 }
 METHODS = ("random_mapping", "adv_probes", "baselines", "mlac_ar", "recover", "evaluate_mmlu")
 PEAK_FLOPS = {  # dense bf16, from the maker's data sheets; the first that is part of the card's name
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "A100": 312e12,
 }
-COLUMNS = {  # head: (key of a row, format, unit)
-    "peak GB": ("peak_bytes", ".2f", 1e9), "predicted GB": ("predicted_bytes", ".2f", 1e9),
-    "s/step": ("seconds_per_step", ".3f", 1), "over plain": ("over_plain", ".2f", 1),
-    "tokens/s": ("tokens_per_second", ".0f", 1), "MFU": ("mfu", ".1%", 1), "waits": ("waits", ".0f", 1),
-    "questions/s": ("questions_per_second", ".1f", 1),
-}
+COLUMNS = ("peak GB", "predicted GB", "s/step", "over plain", "tokens/s", "MFU", "waits", "questions/s")
 # fmt: on
 
 
 def work_of(method, model, args):
-    """(run, batch, passes): run(steps, log), the script's function; texts per plain pass; plain passes per step."""
+    """(run(steps, log), the script's function; texts per plain pass; plain passes per step)."""
     B, K = args.batch, args.K
     x, x_K, pairs = (Batches(n * B, args.tokens, model.config.vocab_size) for n in (1, K + 1, 4))
     work, batch, passes = {
@@ -82,9 +79,7 @@ def work_of(method, model, args):
 
 
 def count_waits(run):
-    """Times that the second step of a run made the host wait for the device; None on the CPU."""
-    if not CUDA:
-        return None
+    """Times that the second step of a run made the host wait for the device."""
     marks = []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -97,7 +92,7 @@ def count_waits(run):
 
 
 def live_peak(run, model):
-    """Peak bytes of live tensors in two steps on the CPU, without the copies that a GPU's run has in host memory."""
+    """Peak bytes of live tensors in two steps on the CPU, without what a GPU's run has in host memory."""
     HostCopy.reserved = 0
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         run(2)
@@ -112,26 +107,25 @@ def measure(method, model, args):
 
     def log(
         i, steps, **_
-    ):  # waits for the device after the first step and at the end: steps overlap as in a real run
+    ):  # between the first step and the end nothing waits: steps overlap as in a real run
         if i in (1, steps):
             marks.append(clock())
 
     plain(1)
-    before = seconds(plain, n)
+    before = timed(plain, n)[1]
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     run(args.steps + 1, log)
     peak = torch.cuda.max_memory_allocated() if CUDA else live_peak(run, model)
-    step, pass_ = (marks[1] - marks[0]) / args.steps, (before + seconds(plain, n)) / (2 * n)
+    step, pass_ = (marks[1] - marks[0]) / args.steps, (before + timed(plain, n)[1]) / (2 * n)
     tokens, weights = passes * batch * args.tokens, model.num_parameters()
     if not model.config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.numel()
     card = next((f for name, f in PEAK_FLOPS.items() if CUDA and name in torch.cuda.get_device_name()), None)
     return {
-        "peak_bytes": peak, "seconds_per_step": step, "plain_passes": passes, "over_plain": step / (passes * pass_),
-        "tokens_per_second": tokens / step, "mfu": 6 * weights * tokens / step / card if card else None,
-        "waits": count_waits(run),
+        "peak GB": peak / 1e9, "s/step": step, "over plain": step / (passes * pass_), "tokens/s": tokens / step,
+        "MFU": card and 6 * weights * tokens / step / card, "waits": count_waits(run) if CUDA else None,
     }  # fmt: skip
 
 
@@ -149,12 +143,12 @@ def measure_scoring(model, subjects=2, questions=64):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     score_mmlu(model, tokenizer, {"subject 0": mmlu["subject 0"]})
-    pace = subjects * questions / seconds(score_mmlu, model, tokenizer, mmlu)
-    return {"questions_per_second": pace, "peak_bytes": torch.cuda.max_memory_allocated() if CUDA else None}
+    pace = subjects * questions / timed(score_mmlu, model, tokenizer, mmlu)[1]
+    return {"questions/s": pace, "peak GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else None}
 
 
 def predict(name, method, args):
-    """The peak, in bytes, that the script's own --dry-run prints for a config."""
+    """The peak, in GB, that the script's own --dry-run prints for a config."""
     if method == "evaluate_mmlu":
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -167,18 +161,18 @@ def predict(name, method, args):
         done = subprocess.run(command, capture_output=True, text=True)
     if not (found := re.search(r"(cuda|cpu) +peak +([\d.]+) GB", done.stdout)):
         raise SystemExit(f"{method}.py --dry-run of {name}: {done.stderr}")
-    return float(found[2]) * 1e9
+    return float(found[2])
 
 
 def faults(name, method, row):
     """What is wrong with a row, as sentences."""
-    if row["predicted_bytes"] and abs(row["predicted_bytes"] / row["peak_bytes"] - 1) > 0.1:
+    first = CUDA and (name, method) == ("llama-2-7b", "mlac_ar")
+    if row["predicted GB"] and abs(row["predicted GB"] / row["peak GB"] - 1) > 0.1:
         yield f"{name} {method}: the dry run is more than a tenth off"
-    if CUDA and (name, method) == ("llama-2-7b", "mlac_ar"):
-        if row["peak_bytes"] >= 70e9:
-            yield "MLAC-AR needs 70 GB or more"
-        if row["over_plain"] > 1.25:
-            yield "an outer step takes over 1.25 times its plain passes"
+    if first and row["peak GB"] >= 70:
+        yield "MLAC-AR needs 70 GB or more"
+    if first and row["over plain"] > 1.25:
+        yield "an outer step takes over 1.25 times its plain passes"
 
 
 def main(args):
@@ -191,9 +185,7 @@ def main(args):
     with ThreadPoolExecutor(4 if CUDA else 1) as pool:  # before anything is timed
         predicted = dict(zip(cells, pool.map(lambda cell: predict(*cell, args), cells)))
     print(f"{where}, torch {torch.__version__}, {args.batch} x {args.tokens} tokens, K = {args.K}\n")
-    print(
-        "| model | method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|", flush=True
-    )
+    print("| " + " | ".join(["model", "method", *COLUMNS]) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|")
     rows, bad = [], []
     for name in args.models:
         model = random_model(CONFIGS[name], torch.bfloat16 if CUDA else torch.float32).train()
@@ -201,22 +193,16 @@ def main(args):
             model.activation_checkpointing_enable({"use_reentrant": False})
         for method in args.methods:
             row = measure_scoring(model) if method == "evaluate_mmlu" else measure(method, model, args)
-            row["predicted_bytes"] = predicted[name, method]
-            found = [(row.get(key), form, unit) for key, form, unit in COLUMNS.values()]
-            shown = [format(value / unit, form) if value is not None else "–" for value, form, unit in found]
+            row["predicted GB"] = predicted[name, method]
+            found = [row.get(column) for column in COLUMNS]
+            shown = ["–" if x is None else f"{x:.0f}" if x >= 1000 else f"{x:.3g}" for x in found]
             print(f"| {name} | {method} | " + " | ".join(shown) + " |", flush=True)
             rows.append({"model": name, "method": method, **row})
             bad += faults(name, method, row)
         del model
         if CUDA:
             torch.cuda.empty_cache()
-    facts = {
-        "device": where,
-        "torch": torch.__version__,
-        "batch": args.batch,
-        "tokens": args.tokens,
-        "K": args.K,
-    }
+    facts = dict(device=where, torch=torch.__version__, batch=args.batch, tokens=args.tokens, K=args.K)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     print("\n" + "\n".join([*bad, f"wrote {args.out}"]))
@@ -225,21 +211,11 @@ def main(args):
 
 if __name__ == "__main__":
     parser, add = flags(__doc__)
-    add(
-        "--models",
-        nargs="+",
-        default=[m for m in CONFIGS if m != "toy"],
-        choices=CONFIGS,
-        help="configs to build",
-    )
+    large = [name for name in CONFIGS if name != "toy"]
+    add("--models", nargs="+", default=large, choices=CONFIGS, help="configs to build")
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="what to run")
     add("--K", type=int, default=4, help="adversary steps of MLAC-AR")
-    add(
-        "--batch",
-        type=int,
-        default=16,
-        help="texts per batch; Recovery uses four times as many, as by default",
-    )
+    add("--batch", type=int, default=16, help="texts per batch; Recovery has four times as many")
     add("--tokens", type=int, default=256, help="tokens per text")
     add("--steps", type=int, default=3, help="timed steps of a method")
     add("--out", default="out/bench_gpu.json", help="file of the results")

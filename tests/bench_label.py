@@ -4,23 +4,25 @@
     python tests/bench_label.py --memory                                   # 1 GB of text against 10 MB of it
     python tests/bench_label.py --judge openchat/openchat-3.5-0106 --pile 00.jsonl.zst     # a real judge
 
-The prompt is label_pile.py's own, question and turn (the miniature knows few of its words, which costs no time).
-Labelling reads yes and no at the first position of the answer, the question's cache shared by all chunks. All
-are timed in turn on the same chunks; medians of the ratios are printed, and the exit status is 1 outside a limit:
+The prompt is label_pile.py's own, question and turn (the miniature knows few of its words, which costs no
+time). Labelling reads yes and no at the first position of the answer, the question's cache shared by all
+chunks. It is timed in turn with each of these, on the same chunks; the exit status is 1 if a median ratio is
+outside its limit:
 
-    generating  model.generate of 8 tokens, greedy, padded on the left, as a script without label_pile.py's ways
-                would have it; at least 5 times labelling's seconds
-    plain       forward passes over the same batches, every row in full with its question, right-padded, without
-                a cache, logits at one position; labelling takes at most 1.1 times as long per token. Tokens are
-                those computed, padding included: in labelling the question once, and the rest of every row
+    generating  model.generate of 8 tokens, greedy, padded on the left, as a script without label_pile.py's
+                ways would have it: at least 5 times labelling's seconds
+    plain       forward passes over the same batches, every row in full with its question, right-padded,
+                without a cache, logits at one position: labelling takes at most 1.1 times as long per token
+                computed, padding included. In labelling that is the question once, and the rest of every row
 
 A token of labelling attends to the whole question, one of a plain pass to half of its row on average. In the
 miniature (width 64) attention is half of the work, and this alone costs a quarter; in a real judge it is
-nothing. So without --judge the second comparison is on a random judge of six layers of --width.
+nothing. So without --judge the second is measured on a random judge of width 512, with a quarter of the
+chunks.
 
---memory reads 10 MB and 1 GB of text, the documents repeated in a .jsonl.zst, in a process each as label_pile.py
-does (a thousandth of the documents is cut into chunks), and prints the peaks of resident memory. Exit status 1
-if the second is over 1.1 times the first.
+--memory reads 10 MB and 1 GB of text, the documents repeated in a .jsonl.zst, in a process each as
+label_pile.py does (a thousandth of the documents is cut into chunks), and prints the peaks of resident
+memory. Exit status 1 if the second is over 1.1 times the first.
 """
 
 import json
@@ -31,8 +33,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
-from timing import DEVICE, clock, flags, in_turn, llama, median_ratio, random_model
+from timing import DEVICE, clock, flags, llama, random_model, ratio
 
 from common import bos, load_model, logits, peak_bytes, read_rows
 from label_pile import QUESTION, TINY, frame, judge, plain, read_chunks
@@ -90,13 +93,13 @@ def memory(source):
 def main(args):
     if args.memory:
         return int(memory(args.pile or TINY["pile"]) > 1.1)
-    model, tokenizer = load_model(args.judge or TINY["judge"])
     rows = read_rows(args.read or args.pile or TINY["pile"], "--pile", ("text",), streaming=True)
     if args.read:
-        print(
-            sum(1 for _ in read_chunks(rows, tokenizer, 207, (0, 1000), 1e12, None)), "chunks", peak_bytes()
-        )
+        tokenizer = AutoTokenizer.from_pretrained(args.judge or TINY["judge"])
+        n = sum(1 for _ in read_chunks(rows, tokenizer, 207, (0, 1000), 1e12, None))
+        print(n, "chunks", peak_bytes())
         return 0
+    model, tokenizer = load_model(args.judge or TINY["judge"])
     head, tail = frame(tokenizer, QUESTION, "biology", chat=True)
     texts = [c[1] for c, _ in zip(read_chunks(rows, tokenizer, 207, (0, 1), 1e12, None), range(args.chunks))]
     budget = args.batch * max(len(i) for i in tokenizer([head + t + tail for t in texts]).input_ids)
@@ -104,44 +107,25 @@ def main(args):
     def label(model, texts):
         return partial(judge, model, tokenizer, texts, head, tail, budget)
 
-    times, ours = [], label(model, texts)
-    ours()
-    for a, b in in_turn(
-        args.rounds, ours, partial(generate, model, tokenizer, texts, head, tail, args.batch)
-    ):
-        print(
-            f"labelling {len(texts) / a:.0f} chunks/s | generating {len(texts) / b:.0f} | {b / a:.1f} x",
-            flush=True,
-        )
-        times.append((b, a))
-    faster, times = median_ratio(times), []
+    ours, theirs = label(model, texts), partial(generate, model, tokenizer, texts, head, tail, args.batch)
+    ours()  # warms up
+    faster = ratio(args.rounds, theirs, ours)
+    print(f"generating takes {faster:.1f} times as long as labelling (at least 5) | {DEVICE}", flush=True)
     if not args.judge:
-        texts, sizes = texts[: args.chunks // 4], (args.width, args.width * 11 // 4, 6, args.width // 64)
-        model = random_model(llama(len(tokenizer), *sizes)).eval()
-        ours = label(model, texts)
+        model = random_model(llama(len(tokenizer), 512, 1408, 6, 8)).eval()
+        ours = label(model, texts[: args.chunks // 4])
     n, whole = batches_of(model, ours)
     share = n / sum(ids.numel() for ids in whole)
-    for a, b in in_turn(args.rounds, ours, partial(plain_forward, model, whole)):
-        times.append((a, b * share))
-        print(
-            f"labelling {n / a:.0f} tokens/s | plain {n / b / share:.0f} | {a / b / share:.3f} x", flush=True
-        )
-    over = median_ratio(times)
-    print(
-        f"generating takes {faster:.1f} times as long as labelling (at least 5) | {DEVICE}, batch {args.batch}"
-    )
-    print(
-        f"labelling takes {over:.3f} times as long per token as plain passes (limit 1.1) | {DEVICE}, {n} tokens"
-    )
+    over = ratio(args.rounds, ours, partial(plain_forward, model, whole), share)
+    print(f"labelling takes {over:.3f} times as long per token as plain passes (limit 1.1) | {DEVICE}")
     return int(faster < 5 or over > 1.1)
 
 
 if __name__ == "__main__":
     parser, add = flags(__doc__)
     add("--judge", default=None, help="hub name or directory; None: the miniature's base")
-    add("--width", type=int, default=512, help="of the random judge, a multiple of 64")
     add("--pile", default=None, help="documents; None: the miniature's")
-    add("--chunks", type=int, default=256, help="chunks to judge; the random judge gets a quarter of them")
+    add("--chunks", type=int, default=256, help="chunks to judge")
     add("--batch", type=int, default=16, help="chunks per batch")
     add("--rounds", type=int, default=3, help="times that both sides are timed in turn")
     add("--memory", action="store_true", help="compare the memory of reading 1 GB with that of 10 MB instead")

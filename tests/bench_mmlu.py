@@ -3,14 +3,15 @@
     pip install "lm_eval[hf]"
     python tests/bench_mmlu.py --mmlu DIR --split validation      # DIR: MMLU's original CSVs, dev/ val/ test/
 
-Takes a random-weight Llama of 3 M parameters and a byte-level tokenizer trained on the CSVs (or --ckpt), and asks
-both programs the same questions: lm-evaluation-harness's tasks `mmlu` and `mmlu_continuation` with their own
-templates, five shots, read from local files. Two answers may differ only where the best two options lie within 1e-3
-(of log-probability; per byte for cloze) in one of them. Exit status 1 if others differ.
+Takes a random-weight Llama of 3 M parameters and a byte-level tokenizer trained on the CSVs (or --ckpt), and
+asks both programs the same questions: lm-evaluation-harness's tasks `mmlu` and `mmlu_continuation` with their
+own templates, five shots, read from local files. Two answers may differ only where the best two options lie
+within 1e-3 (of log-probability; per byte for cloze) in one of them. Exit status 1 if others differ.
 
-Ratios of seconds are printed: of the evaluation (prompts, tokens, forward passes), both sides timed in turn on ten groups
-of subjects, and with imports and loading. The ratio of tokens is what the first would be if a token cost the same on
-both sides: the harness computes every prompt in full, evaluate_mmlu.py the five shots once per subject.
+Printed are two ratios of seconds, of the evaluation (prompts, tokens, forward passes; both sides timed in
+turn on ten groups of subjects) and with imports and loading. The first would be the ratio of tokens, printed
+too, if a token cost the same: evaluate_mmlu.py computes the five shots once per subject, the harness once per
+question.
 """
 
 import json
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 START = time.perf_counter()
-from timing import DEVICE, clock, flags, llama, random_model  # and, with it, torch and transformers
+from timing import DEVICE, flags, llama, random_model, timed  # and, with it, torch and transformers
 
 from common import load_model
 from evaluate_mmlu import load_mmlu, plan, score_mmlu
@@ -62,23 +63,18 @@ def harness_tasks(mmlu, form, folder):
             lines = [{"question": q, "subject": subject, "choices": c, "answer": a} for q, c, a in rows]
             Path(files[name]).write_text("".join(json.dumps(x) + "\n" for x in lines))
         own = yaml.safe_load((home / f"mmlu_{subject}.yaml").read_text())
-        config = template | {
-            "task": f"mmlu_{subject}{end}",
-            "description": own["description"],
-            "num_fewshot": 5,
-        }
-        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        tasks[subject] = ConfigurableTask(config=config)
+        data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        more = {"task": f"mmlu_{subject}{end}", "description": own["description"], "num_fewshot": 5}
+        tasks[subject] = ConfigurableTask(config=template | data | more)
     return tasks
 
 
 def ask_harness(lm, tasks):
     """{(subject, index): four log-probabilities} by lm-evaluation-harness."""
-    result = lm_eval.evaluate(lm=lm, task_dict={t.config.task: t for t in tasks.values()}, bootstrap_iters=0)
-    samples = {subject: result["samples"][task.config.task] for subject, task in tasks.items()}
-    return {
-        (s, x["doc_id"]): [float(r[0]) for r in x["filtered_resps"]] for s, xs in samples.items() for x in xs
-    }
+    asked = {task.config.task: task for task in tasks.values()}
+    samples = lm_eval.evaluate(lm=lm, task_dict=asked, bootstrap_iters=0)["samples"]
+    lines = [(subject, x) for subject, task in tasks.items() for x in samples[task.config.task]]
+    return {(subject, x["doc_id"]): [float(r[0]) for r in x["filtered_resps"]] for subject, x in lines}
 
 
 def ask_ours(model, tokenizer, mmlu, form):
@@ -87,46 +83,39 @@ def ask_ours(model, tokenizer, mmlu, form):
 
 
 def ask_both(ckpt, mmlu, form, batch):
-    """([answers by the harness, by us], [(its seconds, ours) of each group of subjects], (its loading, ours))."""
-    answers, times, marks = [{}, {}], [], [clock()]
+    """[their answers, ours], (their seconds, our seconds) of each group of subjects, and of loading."""
+    answers, times = [{}, {}], []
+    more = {"batch_size": batch, "dtype": "float32", "max_length": 8192, "device": DEVICE}
     with tempfile.TemporaryDirectory() as folder:
-        lm = HFLM(pretrained=str(ckpt), batch_size=batch, dtype="float32", max_length=8192, device=DEVICE)
-        tasks = harness_tasks(mmlu, form, folder)
-        marks.append(clock())
-        model, tokenizer = load_model(ckpt, "float32")
-        marks.append(clock())
+        lm, load_lm = timed(lambda: HFLM(pretrained=str(ckpt), **more))
+        tasks, read = timed(harness_tasks, mmlu, form, folder)
+        (model, tokenizer), load = timed(load_model, ckpt, "float32")
         for names in [[*mmlu][i::10] for i in range(min(10, len(mmlu)))]:
-            start = clock()
-            answers[0] |= ask_harness(lm, {name: tasks[name] for name in names})
-            turn = clock()
-            answers[1] |= ask_ours(model, tokenizer, {name: mmlu[name] for name in names}, form)
-            times.append((turn - start, clock() - turn))
-    rows = [[row.ids for row in plan(tokenizer, name, *parts, form)] for name, parts in mmlu.items()]
-    whole = sum(len(ids) for group in rows for ids in group)
-    shared = whole - sum((len(group) - 1) * len(os.path.commonprefix(group)) for group in rows)
+            theirs, slow = timed(ask_harness, lm, {name: tasks[name] for name in names})
+            ours, fast = timed(ask_ours, model, tokenizer, {name: mmlu[name] for name in names}, form)
+            answers = [old | new for old, new in zip(answers, (theirs, ours))]
+            times.append((slow, fast))
+    prompts = [[row.ids for row in plan(tokenizer, name, *mmlu[name], form)] for name in mmlu]
+    whole = sum(len(ids) for subject in prompts for ids in subject)
+    shared = whole - sum((len(subject) - 1) * len(os.path.commonprefix(subject)) for subject in prompts)
     print(f"{form}: {whole} tokens, {shared} with the shots once per subject, ratio {whole / shared:.1f}")
-    return answers, times, (marks[1] - marks[0], marks[2] - marks[1])
+    return answers, times, (load_lm + read, load)
 
 
 def compare(theirs, ours, mmlu, form):
     """Prints agreement; returns how many answers differ without a tie."""
     ties = wrong = 0
-    for (subject, index), line in theirs.items():
-        choices = mmlu[subject][1][index][1]
-        size = [1] * 4 if form == "letter" else [len(c.encode()) for c in choices]
-        scores = [[x / n for x, n in zip(logprobs, size)] for logprobs in (ours[subject, index], line)]
+    for (subject, i), line in theirs.items():
+        size = [1 if form == "letter" else len(c.encode()) for c in mmlu[subject][1][i][1]]
+        scores = [[x / n for x, n in zip(logprobs, size)] for logprobs in (ours[subject, i], line)]
         if scores[0].index(max(scores[0])) != scores[1].index(max(scores[1])):
             gap = min(sorted(s)[-1] - sorted(s)[-2] for s in scores)
             ties, wrong = ties + (gap < 1e-3), wrong + (gap >= 1e-3)
             if gap >= 1e-3:
-                print(
-                    f"  differs: {subject} {index}: ours {ours[subject, index]}, lm-evaluation-harness {line}"
-                )
-    off = max(abs(x - y) for key in theirs for x, y in zip(ours[key], theirs[key]))
-    print(
-        f"{form}: {len(theirs)} questions, {len(theirs) - ties - wrong} answers agree, {ties} ties, {wrong} differ"
-    )
-    print(f"{form}: largest difference of a log-probability {off:.1e}")
+                print(f"  differs: {subject} {i}: ours {ours[subject, i]}, lm-evaluation-harness {line}")
+    off, n = max(abs(x - y) for key in theirs for x, y in zip(ours[key], theirs[key])), len(theirs)
+    agree = f"{n - ties - wrong} answers agree, {ties} ties, {wrong} differ"
+    print(f"{form}: {n} questions, {agree}; log-probabilities differ by at most {off:.1e}")
     return wrong
 
 
@@ -138,12 +127,12 @@ def main(args):
         for form in args.format:
             answers, times, loading = ask_both(args.ckpt or folder, mmlu, form, args.batch)
             wrong += compare(*answers, mmlu, form)
-            evaluation, ratios = [sum(column) for column in zip(*times)], sorted(a / b for a, b in times)
-            whole = [sum(parts) for parts in zip(IMPORTS, loading, evaluation)]
+            evaluation = [sum(side) for side in zip(*times)]
+            whole = [sum(side) for side in zip(IMPORTS, loading, evaluation)]
             for what, (slow, fast) in (("evaluation", evaluation), ("with imports and loading", whole)):
                 seconds = f"lm-evaluation-harness {slow:.1f} s, evaluate_mmlu.py {fast:.1f} s"
-                print(f"{form}: {what}: {seconds}, ratio {slow / fast:.1f}", flush=True)
-            print(f"{form}: evaluation of single groups: ratios {ratios[0]:.1f} to {ratios[-1]:.1f}")
+                print(f"{form}: {what}: {seconds}, ratio {slow / fast:.1f}")
+            print(f"{form}: by group: {' '.join(f'{a / b:.1f}' for a, b in times)}", flush=True)
     return int(wrong > 0)
 
 
@@ -157,7 +146,7 @@ if __name__ == "__main__":
         nargs="+",
         default=["letter", "cloze"],
         choices=("letter", "cloze"),
-        help="formats to compare",
+        help="what to compare",
     )
     add("--ckpt", default=None, help="checkpoint directory to ask; None: the random model")
     add("--batch", type=int, default=8, help="lm-evaluation-harness's batch size")

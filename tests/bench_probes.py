@@ -2,14 +2,15 @@
 
     python tests/bench_probes.py          # half a minute on two cores
 
-Runs of adv_probes with one and with six probe steps per model step are timed in turn on the same batches: five
-probe steps are the difference, the model step is what is left. The median of the ratios is printed. Exit status
-1 if a probe step costs a quarter of a model step or more, as if the streams were computed again for it.
+Runs of adv_probes with one and with six probe steps per model step are timed in turn on the same batches:
+five probe steps are the difference, the model step is what is left. The median over the rounds is printed.
+Exit status 1 if a probe step costs a quarter of a model step or more, as if the streams were computed again
+for it.
 """
 
 import sys
 
-from timing import DEVICE, flags, in_turn, median_ratio
+from timing import DEVICE, flags, ratio
 
 from adv_probes import TINY, adv_probes, match_texts
 from common import Stream, load_chunks, load_model
@@ -18,25 +19,19 @@ from common import Stream, load_chunks, load_model
 def main(args):
     model, tokenizer = load_model(TINY["model"])
     more = {"batch": TINY["batch"], "tokens": TINY["tokens"], "seed": 0, "device": model.device}
-    sets = zip(
-        ("forget", "retain", "match"), (*load_chunks(TINY["data"]), match_texts("idk", TINY["tokens"], 0))
-    )
-    streams = [Stream(texts, tokenizer, purpose=purpose, **more) for purpose, texts in sets]
+    sets = (*load_chunks(TINY["data"]), match_texts("idk", TINY["tokens"], 0))
+    names = ("forget", "retain", "match")
+    streams = [Stream(texts, tokenizer, purpose=name, **more) for name, texts in zip(names, sets)]
 
     def run(n):
         width = TINY["probe_width"]
         adv_probes(model, *streams, steps=args.steps, lr=1e-9, probe_steps=n, probe_width=width)
 
     run(1)  # tokenises, warms up
-    times = []
-    for one, six in in_turn(args.rounds, lambda: run(1), lambda: run(6)):
-        probe = (six - one) / 5 / args.steps
-        step = one / args.steps - probe
-        times.append((probe, step))
-        print(f"model step {step:.3f} s | probe step {probe:.3f} s | ratio {probe / step:.3f}", flush=True)
-    ratio = median_ratio(times)
-    print(f"a probe step costs {ratio:.3f} of a model step (limit 0.25) | {DEVICE}")
-    return int(ratio >= 0.25)
+    r = ratio(args.rounds, lambda: run(6), lambda: run(1))  # of (step + 6 probe) / (step + probe)
+    probe = (r - 1) / (6 - r)
+    print(f"a probe step costs {probe:.3f} of a model step (limit 0.25) | {DEVICE}")
+    return int(probe >= 0.25)
 
 
 if __name__ == "__main__":

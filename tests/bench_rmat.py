@@ -3,17 +3,18 @@
     python tests/bench_rmat.py          # about three minutes on two cores
 
 A plain pass is forward and backward of one batch, nothing else; step and passes are timed in turn, and the
-median of the ratios is printed. Memory is the peak of a fresh process each: resident on the CPU, allocated on a
-GPU. Exit status 1 if the step takes more than 1.08 times the passes, or K = 32 more than 1.05 times the memory
-of K = 1.
+median of the ratios is printed. Memory is the peak of a fresh process each: resident on the CPU, allocated on
+a GPU. Exit status 1 if the step takes more than 1.08 times the passes, or K = 32 more than 1.05 times the
+memory of K = 1.
 """
 
+import statistics
 import subprocess
 import sys
 
 import torch
 
-from timing import DEVICE, Batches, clock, flags, llama, median_ratio, plain_passes, random_model, seconds
+from timing import DEVICE, Batches, clock, flags, llama, plain_passes, random_model, timed
 
 from common import peak_bytes
 from mlac_ar import mlac_ar
@@ -28,20 +29,20 @@ def outer_steps(model, batch, tokens, K, N, **more):
 
 def time_ratio(model, args):
     """Median over the rounds of seconds of one outer step / seconds of 2K + 1 plain passes."""
-    n, batches, times, marks = 2 * args.K + 1, Batches(args.batch, args.tokens, VOCAB), [], []
+    n, batches, ratios, marks = 2 * args.K + 1, Batches(args.batch, args.tokens, VOCAB), [], []
 
     def log(i, N, **_):  # the first outer step of a run allocates the buffers and is not timed
         if i > 1:
-            step, plain = clock() - marks[-1], seconds(plain_passes, model, batches, n)
+            step, plain = clock() - marks[-1], timed(plain_passes, model, batches, n)[1]
             print(
                 f"outer step {step:.2f} s | plain passes {plain:.2f} s | ratio {step / plain:.3f}", flush=True
             )
-            times.append((step, plain))
+            ratios.append(step / plain)
         marks.append(clock())
 
     plain_passes(model, batches, n)
     outer_steps(model, args.batch, args.tokens, args.K, args.rounds + 1, log=log)
-    size, ratio = f"{model.num_parameters() / 1e6:.1f} M parameters", median_ratio(times)
+    size, ratio = f"{model.num_parameters() / 1e6:.1f} M parameters", statistics.median(ratios)
     print(f"{size}, K = {args.K}, {args.batch} x {args.tokens}: median ratio {ratio:.3f} (limit 1.08)")
     return ratio
 

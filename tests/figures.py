@@ -3,8 +3,8 @@
     python tests/figures.py DIR                     # -> DIR/figures/figure2, figure3, as PNG and SVG
     python tests/figures.py DIR --format cloze      # the same, options scored by text
 
-Figure 2 is forget accuracy before and after Recovery, Figure 3 the attack's loss and forget accuracy by attack
-step. The rows are those that `python evaluate_mmlu.py --table DIR` prints. Needs matplotlib
+Figure 2 is forget accuracy before and after Recovery, Figure 3 the attack's loss and forget accuracy by
+attack step. The rows are those that `python evaluate_mmlu.py --table DIR` prints. Needs matplotlib
 (tests/requirements.txt).
 """
 

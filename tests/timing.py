@@ -35,22 +35,20 @@ def clock():
     return time.perf_counter()
 
 
-def seconds(work, *args):
-    """How long work(*args) takes, device included."""
+def timed(work, *args):
+    """(work(*args), its seconds, device included)."""
     start = clock()
-    work(*args)
-    return clock() - start
+    return work(*args), clock() - start
 
 
-def in_turn(rounds, *works):
-    """Yields the seconds of each work, round after round: a slow minute of the machine hits all of them."""
+def ratio(rounds, above, below, scale=1):
+    """Seconds of above() / seconds of below() times scale: median over rounds that time both in turn."""
+    found = []
     for _ in range(rounds):
-        yield [seconds(work) for work in works]
-
-
-def median_ratio(pairs):
-    """Median of a / b over pairs (a, b) of seconds that were measured in turn."""
-    return statistics.median(a / b for a, b in pairs)
+        a, b = timed(above)[1], timed(below)[1] * scale
+        print(f"{a:.3f} s / {b:.3f} s = {a / b:.3f}", flush=True)
+        found.append(a / b)
+    return statistics.median(found)
 
 
 def llama(vocab, width, inner, layers, heads, **more):

@@ -1,17 +1,19 @@
 """Tables 1 and 2 of the miniature: every method and Recovery on several worlds, tuned by one rule.
 
-    1  tune     on world 0, each method at the learning rates of one grid (RATES), everything else as --tiny has it;
-                taken is the largest rate that costs at most 5 points of retain accuracy before any attack (by text),
-                or, if none does, the one that costs least. The attack is not looked at. The variants of Table 2 take
-                the rate of adv_probes, from which each differs in its flags only; SWD, a loss of its own, is tuned
+    1  tune     on world 0, each method at the learning rates of one grid (RATES), the rest as --tiny has it;
+                taken is the largest rate that costs at most 5 points of retain accuracy before any attack (by
+                text), or, if none does, the one that costs least. The attack is not looked at. The variants
+                of Table 2 take the rate of adv_probes, from which each differs in its flags only; SWD, a loss
+                of its own, is tuned
     2  unlearn  every method on every world at its rate; its checkpoint is scored by evaluate_mmlu.py, by text
-    3  attack   recover.py on each result, and on the control that was never taught the forget facts, at two rates
+    3  attack   recover.py on each result, and on the control that was never taught the forget facts, at two
+                rates
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
 
-Every figure comes from the repository's own scripts, run as a user runs them. What is finished is not run again, so the
-command can be stopped and started at any time. Worlds other than 0, which is shipped, are trained first
-(tests/tiny/train.py: ten minutes a model, two models a world).
+Every figure comes from the repository's own scripts, run as a user runs them. What is finished is not run
+again, so the command can be stopped and started at any time. Worlds other than 0, which is shipped, are
+trained first (tests/tiny/train.py: ten minutes per model, two models per world).
 
     python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two hours on two cores
     python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
@@ -53,33 +55,18 @@ VARIANTS = {  # the other rows of Table 2, at the rate of adv_probes
 }
 
 
+# fmt: off
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--worlds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        help="seeds of the worlds; 0 is shipped, others are trained",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        default=[*TUNED, *VARIANTS],
-        choices=[*TUNED, *VARIANTS],
-        help="rows to measure",
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    add, rows = parser.add_argument, [*TUNED, *VARIANTS]
+    add("--worlds", type=int, nargs="+", default=[0, 1, 2], help="seeds; 0 is shipped, others are trained")
+    add("--methods", nargs="+", default=rows, choices=rows, help="rows to measure")
     add("--jobs", type=int, default=1, help="scripts at a time, one thread each")
-    add(
-        "--out",
-        default="out/tables",
-        help="folder of the runs; beside it OUT-grid: tuning, OUT-3e-3: harder attack",
-    )
+    add("--out", default="out/tables", help="of the runs; also OUT-grid (tuning), OUT-3e-3 (harder attack)")
     add("--report", action="store_true", help="print what is there, run nothing")
     return parser.parse_args(argv)
+# fmt: on
 
 
 def run(*command):
@@ -129,7 +116,7 @@ class Tables:
             run("evaluate_mmlu.py", "--format", form, "--mmlu", world / "mmlu", "--ckpt", *todo)
 
     def world(self, seed, kind):
-        """The files and one model ("base", "filtered") of a world, scored in both formats; trained if missing."""
+        """The files and one model ("base", "filtered") of a world, in both formats; trained if missing."""
         folder = self.out / f"world{seed}"
         if not (folder / kind / "args.json").exists():
             run(
@@ -144,8 +131,8 @@ class Tables:
             self.score([folder / kind], folder, form)
 
     def unlearn(self, method, seed, rate, out):
-        """One method on one world, scored by text. RMAT starts from that world's Random Mapping, as rmat.py would (a
-        test checks)."""
+        """One method on one world, scored by text. RMAT starts from that world's Random Mapping, as rmat.py
+        would (a test checks)."""
         world = self.out / f"world{seed}"
         start, more = world / "base", ()
         if method == "rmat":
@@ -227,18 +214,15 @@ class Tables:
         print(f"2 control: forget {mean['filtered', 'before', 'forget']:.1f} (chance, 25)")
         for m in [m for m in NAIVE if (m, ATTACKS[-1], "forget") in mean]:
             cost = mean["base", "before", "retain"] - mean[m, "before", "retain"]
-            print(
-                f"3 {m}: forget {mean[m, 'before', 'forget']:.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)"
-            )
+            after = f"forget {mean[m, 'before', 'forget']:.1f} (chance, 25)"
+            print(f"3 {m}: {after}, costs {cost:.1f} of retain (<= 5)")
             lost = [b - u for b, u in zip(acc["base", "before", "forget"], acc[m, "before", "forget"])]
             back = {
                 a: [x - u for x, u in zip(acc[m, a, "forget"], acc[m, "before", "forget"])] for a in ATTACKS
             }
             if min(lost) > 5:
-                shares = {a: statistics.mean(x / y for x, y in zip(back[a], lost)) for a in ATTACKS}
-                print(
-                    f"4 {m}: {100 * max(shares.values()):.0f} % of what was lost comes back at the best rate (>= 50)"
-                )
+                best = max(statistics.mean(x / y for x, y in zip(back[a], lost)) for a in ATTACKS)
+                print(f"4 {m}: {100 * best:.0f} % of what was lost comes back at the best rate (>= 50)")
         print(
             "4 control after the attacks: "
             + ", ".join(f"{mean['filtered', a, 'forget']:.1f}" for a in ATTACKS)
@@ -250,9 +234,8 @@ class Tables:
             }
             gaps = [a - b for a, b in zip(worst["random_mapping"], worst["rmat"])]
             se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-            print(
-                f"5 Random Mapping minus RMAT at its worst attack: {statistics.mean(gaps):.1f} ± {se:.1f} (> 2 errors)"
-            )
+            gap = f"{statistics.mean(gaps):.1f} ± {se:.1f}"
+            print(f"5 Random Mapping minus RMAT at its worst attack: {gap} (> 2 errors)")
 
 
 def main(args):
@@ -261,9 +244,7 @@ def main(args):
         tables.fill()
     elif not (tables.out.with_name(f"{tables.out.name}-{ATTACKS[1]}")).exists():
         raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
-    print(
-        "\nTuning on world 0: retain / forget before the attack, percent, by text; the rate taken is in bold\n"
-    )
+    print("\nTuning on world 0: retain / forget before the attack, percent, by text; taken rates are bold\n")
     print("| | " + " | ".join(RATES) + " |\n|---|" + "---|" * len(RATES))
     for method in [m for m in TUNED if m in tables.methods]:
         found = {rate: scores(tables.grid / f"{method}-{rate}") for rate in RATES}
