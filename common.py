@@ -702,7 +702,7 @@ def log_probs(model, hidden, targets):
 
 
 class Row(NamedTuple):
-    """A text to score: hidden states from position `start` on predict n positions of c token ids each."""
+    """A text to score: hidden states from `start` on predict n positions of c ids; c is equal in all rows."""
 
     key: object  # the caller's, comes back with the scores
     ids: list

@@ -234,16 +234,17 @@ def plan(tokenizer, subject, shots, questions, form):
     asked = [prompt(subject, shots, q, form) for q in questions]
     texts = [rest + end for _, rest, ends in asked for end in ("", *ends)]
     ids = encode(tokenizer, asked[0][0], texts) if asked else []
-    for j in range(len(questions)):
-        before, *longer = ids[5 * j : 5 * j + 5]
-        tails = [whole[len(before) :] for whole in longer]
-        if not all(tails):
-            fail(f"the tokenizer joins an answer of {subject} to its prompt; use another tokenizer")
+    fives = [ids[5 * j : 5 * j + 5] for j in range(len(questions))]  # the prompt, and with each continuation
+    tails = [[whole[len(before) :] for whole in longer] for before, *longer in fives]
+    if not all(tail for four in tails for tail in four):
+        fail(f"the tokenizer joins an answer of {subject} to its prompt; use another tokenizer")
+    single = all(len(tail) == 1 for four in tails for tail in four)  # for all: score_rows needs equal widths
+    for j, ((before, *_), four) in enumerate(zip(fives, tails)):
         last = len(start + before) - 1
-        if all(len(t) == 1 for t in tails):
-            rows.append(Row((j, [0, 1, 2, 3]), start + before, last, [[t[0] for t in tails]]))
+        if single:
+            rows.append(Row((j, [0, 1, 2, 3]), start + before, last, [[t[0] for t in four]]))
         else:
-            for o, t in enumerate(tails):
+            for o, t in enumerate(four):
                 rows.append(Row((j, [o]), start + before + t[:-1], last, [[i] for i in t]))
     return rows
 
@@ -523,7 +524,7 @@ def main(args):
         part = args.split != "test" or args.subjects is not None
         path = write_scores(args.out or scores_dir(name), summary, answers, part)
         print(
-            f"{name} | {args.format} | {show_scores(summary)} | {pace:.0f} questions/s | {path}", flush=True
+            f"{name} | {args.format} | {show_scores(summary)} | {pace:.1f} questions/s | {path}", flush=True
         )
 
 

@@ -105,6 +105,23 @@ def test_kept_prompts_are_not_tokenised_again(form, mmlu):
     assert first != found == score_mmlu(other, tokenizer, mmlu, form)  # prompts are kept, not scores
 
 
+def test_a_subject_may_mix_options_of_one_token_and_of_many():
+    """As college_mathematics does, whose options are numbers and formulas."""
+    ask = [(f"What is {i}?", ["1", "2", "3", "4"], i % 4) for i in range(6)]
+    mixed = {"astronomy": (ask[:5], [ask[5], ("And then?", ["1", "two and two", "3", "x y z"], 0)])}
+    tokenizer = bpe(words(mixed))
+    model = toy_model(vocab=len(tokenizer), initializer_range=0.5)
+    kinds = [
+        {len(tokenizer(f" {c}", add_special_tokens=False).input_ids) for c in q[1]}
+        for q in mixed["astronomy"][1]
+    ]
+    assert kinds[0] == {1} and max(kinds[1]) > 1  # control: the one question by itself is a single row
+    with torch.no_grad():
+        expected = plain_scores(model, tokenizer, mixed, "cloze")
+    found = torch.tensor([a["logprobs"] for a in score_mmlu(model, tokenizer, mixed, "cloze")[1]])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_scoring_keeps_attention_off_cudnn(mmlu):
     """cuDNN plans attention anew for each shape, and here every batch has another."""
     seen, tokenizer = [], bpe(words(mmlu))
