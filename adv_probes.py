@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data, the probes, the match texts and the rounding")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")

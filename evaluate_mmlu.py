@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
     add("--out", default=None, help="directory for the scores, with one --ckpt; None: the checkpoint's own")
     add("--tokens", type=int, default=None, help="per batch, with shots; None: 32768 on a GPU, else 2048")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--tiny", action="store_true", help="score the miniature's base and control on its own MMLU")
     argv = sys.argv[1:] if argv is None else argv

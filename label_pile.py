@@ -81,7 +81,7 @@ def parse_args(argv=None):
     add("--max-bytes", default="30GB", help="stop after so much text was read, all shards' (A.1: 30 GB)")
     add("--max-chunks", type=int, default=None, help="stop after so many rows of this shard; None: do not")
     add("--per-class", type=int, default=None, help="stop when each label has so many rows; all are kept")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--tiny", action="store_true", help="the miniature, with its question and settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--tokens", type=int, default=256, help="tokens per pair, BOS included (paper: not stated)")
     add("--eval-every", type=int, default=250, help="steps between MMLU scorings")
     add("--seed", type=int, default=0, help="of the order of the pairs and the rounding")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
