@@ -159,8 +159,7 @@ def swd_loss(H, mask, *key, lines=128):
 
 
 def probe_step(probes, optimizer, H_m, H_f, mask, clip=0.1):
-    """One ascent step of every probe on streams without gradient, then clipping, which keeps the probes
-    Lipschitz."""
+    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz."""
     optimizer.zero_grad()
     for probe, h_m, h_f in zip(probes, H_m, H_f):  # one layer's activations at a time
         (-score_gap(probe, h_m, h_f, mask)).backward()

@@ -130,8 +130,7 @@ from common import Row, bos, fail, load_model, read_rows, score_rows, seed_of, w
 
 
 def read_questions(path):
-    """[(question, [four choices], answer 0..3)] of a headerless CSV; csv, since pandas reads "None" as
-    missing."""
+    """[(question, [four choices], answer 0..3)] of a headerless CSV. To pandas "None" would be missing."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.reader(f))
@@ -179,8 +178,7 @@ def load_mmlu(source, split="test", subjects=None):
 
 
 def prompt(subject, shots, question, form):
-    """(head, rest, ends) of a question: description and shots; the question up to "Answer:"; its four
-    continuations."""
+    """(head, rest, ends): description and shots; the question up to "Answer:"; its four continuations."""
 
     def ask(q, choices):
         if form == "cloze":
@@ -284,8 +282,7 @@ def score_mmlu(model, tokenizer, mmlu, form="letter", budget=None, plans=None):
 
 
 def protocol(mmlu, form):
-    """What a score was measured with; scores compare only if theirs are equal. `questions` is a digest of
-    them."""
+    """What a score was measured with; scores compare only if theirs are equal. `questions` is a digest."""
     return {"format": form, "shots": 5, "questions": f"{seed_of(mmlu):016x}"}
 
 
@@ -351,8 +348,7 @@ def write_scores(folder, summary, answers, part=False):
 
 
 def show_scores(summary):
-    """One line: forget and retain accuracy in percent with standard errors, and the shares of predicted
-    letters."""
+    """One line: forget and retain accuracy, percent ± standard error, and the shares of predicted letters."""
     parts = []
     for side in ("forget", "retain"):
         s = summary[side]
@@ -458,8 +454,7 @@ def rows_under(root, form):
 
 
 def average(rows):
-    """Mean and standard error over runs of paper_scores' rows; of a single run, its own errors of the
-    questions."""
+    """Mean and standard error over paper_scores' rows; of a single one, its own errors, of its questions."""
     if len(rows) == 1:
         return rows[0]
     mean = {k: statistics.mean(row[k] for row in rows) for k in rows[0] if not k.endswith("_se")}
@@ -467,8 +462,7 @@ def average(rows):
 
 
 def scored(run):
-    """paper_scores of a run of rows_under; of one that was not attacked, θ replaces θ' (its cells show a
-    dash)."""
+    """paper_scores of a run of rows_under; in one that was not attacked, θ replaces θ' (dashes are shown)."""
     return paper_scores(run["base"], run["theta"], run["recovered"] or run["theta"])
 
 

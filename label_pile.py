@@ -110,6 +110,7 @@ import json
 import math
 import os
 import time
+from itertools import islice
 
 import torch
 from transformers import AutoTokenizer
@@ -123,8 +124,7 @@ def plain(tokenizer, text, **more):
 
 
 def cut(text, tokenizer, limit):
-    """Consecutive slices of a document, each of at most `limit` tokens when it is tokenised by itself
-    (A.1)."""
+    """Consecutive slices of a document, each of at most `limit` tokens by itself (A.1)."""
     spans = plain(tokenizer, text, return_offsets_mapping=True).offset_mapping
     at = end = 0
     while at < len(spans):
@@ -191,7 +191,7 @@ def answer_ids(tokenizer, tail):
         ids = {i[start] for i in ids if len(i) > start}
         found[answer] = sorted(ids - {tokenizer.unk_token_id})
     if not all(found.values()) or set(found["yes"]) & set(found["no"]):
-        fail("--judge: its tokenizer has no first token that tells yes from no; take another judge")
+        fail("--judge: its tokenizer has no first token that tells yes from no; use another judge")
     return found
 
 
@@ -224,7 +224,7 @@ class Parts:
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
         kept = self.folder / "settings.json"
         if self.summary.exists():
-            fail(f"--out {folder} holds a finished run; choose another --out, or delete that directory first")
+            fail(f"--out {folder} is a finished run; choose another --out, or delete that directory first")
         if kept.exists() and json.loads(kept.read_text()) != settings:
             fail(f"--out {folder} was begun with other settings ({kept}); choose another --out, or use them")
         try:
@@ -243,7 +243,7 @@ class Parts:
             self.labels[row["label"]] += 1
 
     def write(self, rows):
-        """One more part, whole or not at all: it appears under its name when it is on the disk."""
+        """One more part, completely or not at all: it appears under its name when it is on the disk."""
         path = self.folder / f"{self.stem}-{self.count:05}.jsonl"
         with open(path.with_suffix(".draft"), "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -268,18 +268,11 @@ def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, 
         most, each = sum(parts.labels.values()), min(parts.labels.values())
         return (max_chunks and most >= max_chunks) or (per_class and each >= per_class)
 
-    batch, size = [], 0
-    for chunk in chunks if not enough() else ():
-        batch.append(chunk)
+    chunks = iter(chunks)
+    while not enough():
         room = rows if not max_chunks else min(rows, max_chunks - sum(parts.labels.values()))
-        if len(batch) == room:
-            size = chunk[3]
-            flush(batch, score, parts, name, per_class)
-            log(size)
-            batch = []
-            if enough():
-                return
-    if batch:
+        if not (batch := list(islice(chunks, room))):
+            return
         flush(batch, score, parts, name, per_class)
         log(batch[-1][3])
 

@@ -83,8 +83,7 @@ from common import AdamW, Run, check_finite, generator, next_token_loss, residua
 
 
 def random_targets(model, seed):
-    """r: a Gaussian vector for each token id, (V, D), drawn once from its own seed; all layers share it
-    (3.4)."""
+    """r: a Gaussian vector per token id, (V, D), drawn once from its own seed, for all layers (3.4)."""
     V, D = model.get_input_embeddings().weight.shape
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
