@@ -108,8 +108,8 @@ def test_random_mapping_reaches_noise_on_forget_text_and_keeps_retain_text():
 
 
 def literal_outer_step(model, forget, retain, K, lr, alpha, optimizer, outer=None):
-    """Algorithm 1's outer step written out, but for α / K: a deep copy for ω, φ as a list of sums, torch's own
-    optimizers."""
+    """Algorithm 1's outer step written out, but for α / K: a deep copy for ω, φ as a list of sums, and
+    torch's own optimizers."""
     make = (
         torch.optim.SGD if optimizer == "sgd" else lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=0)
     )
