@@ -418,6 +418,7 @@ def rows_under(root, form):
     None}. One whose three summaries were not measured alike is left out, with a line that says so.
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
+    facts = {folder: mine for folder, mine in facts.items() if "script" in mine}  # else another program's
     attacks, groups = {}, {}  # an attack belongs to its victim's row, wherever it was written
     for attack in [folder for folder in facts if facts[folder]["script"] == "recover.py"]:
         victim = scores_dir(facts[attack]["parent"]).resolve()
@@ -426,8 +427,8 @@ def rows_under(root, form):
     for folder, mine in sorted(facts.items()):
         if mine and mine["script"] == "recover.py":
             continue
-        for attack in attacks.get(folder) or [None]:
-            by = facts[attack] if attack else {}
+        for attack in [a for a in attacks.get(folder, ()) if scores_file(a, form).exists()] or [None]:
+            by = facts[attack] if attack else {"arguments": {}}
             name, base = mine and title(mine), (mine or {}).get("base") or by.get("base") or folder
             if not name and scores_dir(base).resolve() == folder:
                 name = "Base" if attack else None
@@ -435,10 +436,11 @@ def rows_under(root, form):
                 name = by["arguments"].get("name") or folder.name
             places = scores_dir(base), folder, attack
             found = [read_json(scores_file(place, form)) if place else None for place in places]
-            if not name or not all(found[:2]) or (attack and not found[2]):
+            if not name or not all(found[:2]):
                 continue
             if len({repr(summary.get("protocol")) for summary in found if summary}) > 1:
-                print(f"left out: {folder}: base, checkpoint and attack were scored on other questions")
+                what = "base, checkpoint and attack were scored on other questions"
+                print(f"left out: {folder}: {what}", file=sys.stderr)
                 continue
             run = {"folder": folder, "attack": attack, **dict(zip(("base", "theta", "recovered"), found))}
             key = name, settings(mine or {}), settings(by)

@@ -196,7 +196,7 @@ def test_a_run_whose_scores_are_of_other_questions_is_left_out(tmp_path, capsys)
         summary(1, 1) | {"protocol": "q"},
     )
     method(tmp_path / "rm", base, protocol="p")
-    assert E.rows_under(tmp_path, "cloze") == {} and "other questions" in capsys.readouterr().out
+    assert E.rows_under(tmp_path, "cloze") == {} and "other questions" in capsys.readouterr().err
 
 
 def test_a_foreign_checkpoint_has_a_row_under_its_directorys_name_or_its_own(tmp_path):
@@ -207,6 +207,17 @@ def test_a_foreign_checkpoint_has_a_row_under_its_directorys_name_or_its_own(tmp
     assert list(E.rows_under(tmp_path, "cloze")) == ["theirs"]
     attack(tmp_path / "theirs", tmp_path / "again", 0.5, base=tmp_path / "base", name="RMU")
     assert set(E.rows_under(tmp_path, "cloze")) == {"theirs", "RMU"}
+
+
+def test_a_run_that_was_attacked_in_the_other_format_is_a_row_without_the_attack(tmp_path):
+    base = tmp_path / "base"
+    put(base, {"script": "tests/tiny/train.py", "arguments": {"filtered": False}}, summary(1, 1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.json").write_text('{"of": "another program"}')
+    method(tmp_path / "rm", base, protocol=None)
+    (tmp_path / "rm" / "recovered" / "mmlu_cloze.json").unlink()
+    ((name, (run,)),) = E.rows_under(tmp_path, "cloze").items()
+    assert name == "Random Mapping" and run["attack"] is None and "| – |" in E.tables({name: [run]})
 
 
 def test_scores_of_a_part_or_of_other_questions_do_not_replace_the_tables(tmp_path):
