@@ -15,19 +15,19 @@ letters: always answering D scores 30 % on the forget subjects. The five shots a
 and their cache is shared by its questions.
 
 Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into the checkpoint directory, or into out/OWNER--MODEL
-for a name on the hub.
+for a name on the hub; scores of a part or of other questions get a file of their own, mmlu.DIGEST.json.
 
 --table reads what the scripts wrote under a directory, names each run as the paper does and prints (3.2)
 
     Score_U = (F_init - F) + (R - R_init)    Score_R = F_init - F'    Composite = (Score_U + Score_R) / 2
 
 F, R: forget and retain accuracy in percent, of the base model (init), the unlearned one, and the attacked
-one ('). Runs that differ only in base model, data or seed are one row: mean and standard error over these
-runs. A row of a single run has the standard error of its questions.
+one ('). Runs that differ only in their seed, or in the miniature's world, are one row: mean and standard
+error over these runs. A row of a single run has the standard error of its questions.
 
     python evaluate_mmlu.py --tiny                          # the miniature: base and filtered control, 4 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
-    python evaluate_mmlu.py --table out                     # Markdown tables of everything under out/
+    python evaluate_mmlu.py --table out --paper             # Markdown tables, the paper's numbers below ours
     python tests/figures.py out                             # Figures 2 and 3 of these runs (matplotlib)
 """
 
