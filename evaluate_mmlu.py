@@ -25,7 +25,7 @@ F, R: forget and retain accuracy in percent, of the base model (init), the unlea
 one ('). Runs that differ only in their seed, or in the miniature's world, are one row: mean and standard
 error over these runs. A row of a single run has the standard error of its questions.
 
-    python evaluate_mmlu.py --tiny                          # the miniature: base and filtered control, 4 s
+    python evaluate_mmlu.py --tiny                          # the miniature: base and filtered control, 5 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
     python evaluate_mmlu.py --table out --paper             # Markdown tables, the paper's numbers below ours
     python tests/figures.py out                             # Figures 2 and 3 of these runs (matplotlib)

@@ -21,7 +21,7 @@ paper is silent, our choices:
 2) Chunks are consecutive cuts of a document, without overlap.
 3) "yes" and "Yes" both count, and so do "no" and "No".
 
-    python label_pile.py --tiny                           # the miniature on a laptop, 10 s   -> out/labels
+    python label_pile.py --tiny                           # the miniature on a laptop, 4 s    -> out/labels
     python label_pile.py --per-class 25000 --tokenizer meta-llama/Llama-2-7b-chat-hf   # the Pile, on one GPU
     python label_pile.py --max-bytes 30GB --shard 0/4     # the first of four machines' shares
     python rmat.py --data out/labels

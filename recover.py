@@ -27,7 +27,7 @@ recovery curve.
     python recover.py --ckpt out/rmat      # the attack, and its row of Table 1     -> out/rmat/recovered
     python recover.py --ckpt meta-llama/Llama-2-7b-chat-hf       # the table's first row, the attacked base
 
-A checkpoint of the miniature is attacked with the miniature's settings, as with --tiny (15 s on one core).
+A checkpoint of the miniature is attacked with the miniature's settings, as with --tiny (11 s on one core).
 """
 
 import argparse
