@@ -18,7 +18,7 @@ descends the sliced Wasserstein distance of H(F) to N(0, I), which in the paper 
 The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
 
 1) Probes: LayerNorm without gain (it would undo the clipping) before each linear layer, leaky ReLU, RMSprop;
-   widths as in the authors' exploration code; clipping to 0.1 where Arjovsky et al. have 0.01.
+   widths as in the authors' exploration code; clipping to ±0.1, where Arjovsky et al. have ±0.01.
 2) All probe steps of a model step use one batch's streams, computed once; Arjovsky et al. draw a new batch
    for each. H(M) has no gradient: F moves towards M, not M towards F.
 3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows. BOS
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--probe-steps", type=int, default=5, help="probe steps per model step (A.2: 3 or 5)")
     add("--match", default="idk", choices=("idk", "rand"), help="M: I don't know, or random strings (A.2)")
     add("--freeze", action=argparse.BooleanOptionalAction, default=True, help="embedding, head (A.2)")
-    add("--swd", action="store_true", help="sliced Wasserstein distance to N(0, I) instead of probes (3.4)")
+    add("--swd", action="store_true", help="sliced Wasserstein to N(0, I), no probes, not frozen (3.4)")
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the probes' RMSprop (Arjovsky et al.)")
     add("--probe-width", type=int, default=1024, help="first hidden width; the second is a quarter")
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
@@ -90,6 +90,8 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     argv = sys.argv[1:] if argv is None else argv
+    if "--swd" in argv:
+        parser.set_defaults(freeze=False)
     if "--tiny" in argv:
         parser.set_defaults(**TINY | ({"lr": 1e-2} if "--swd" in argv else {}))
     args = parser.parse_args(argv)

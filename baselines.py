@@ -16,8 +16,8 @@ choices:
 
 1) Min Posterior: tokens with log p below -15 contribute nothing; they are forgotten, and their gradient is
    noise.
-2) High/Low LR: 3.3's 100 steps at 1e-4 and 400 at 1e-5, each rate falling linearly to 0. It ends in
-   fine-tuning on F, so a loss on such text would find nothing hidden.
+2) High/Low LR: 3.3's 100 steps at 1e-4, then its 400 at a tenth of that (3.3 does not say), each rate
+   falling linearly to 0. It ends in fine-tuning on F, so a loss on such text would find nothing hidden.
 3) The two losses have equal weight; pads are masked out; 500 steps at 1e-5 for the other two; AdamW without
    weight decay, its learning rate falls linearly to 0 (in random_mapping, which is word for word that of its
    file, too).

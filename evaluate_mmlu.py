@@ -62,7 +62,7 @@ ROWS = {  # the paper's rows: table, the command that makes one, the paper's num
                            (27.5, 42.5, 19.5, 49.0, 46.5, 3.6, 11.5)),
     "AdvProbes-3 (RAND, Frz.)": (2, "adv_probes.py --probe-steps 3 --match rand",
                                  (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
-    "AdvProbes-SWD": (2, "adv_probes.py --swd --no-freeze", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
+    "AdvProbes-SWD": (2, "adv_probes.py --swd", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
 }
 CONTROL = "never taught (control)"
 WORLD = Path(__file__).parent / "tests/tiny/world0"

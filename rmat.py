@@ -20,7 +20,7 @@ Memory: as in mlac_ar.py, whose peak is the larger one; it does not depend on K.
 moments are in pinned host memory during the inner loop, 40 GB for 7B.
 
 Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
-`adversary`, `heldout` (nats per token) and `bounded` (share of held-out losses above log V) in phase mlac_ar.
+`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar.
 
     python rmat.py --tiny               # the miniature on a laptop, 3.5 min       -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
@@ -28,7 +28,6 @@ Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase 
 """
 
 import argparse
-import math
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -38,7 +37,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    rm_lr=1e-2, rm_steps=200, lr=3e-3, K=16, N=20, batch=24, tokens=208, log_every=5,
+    rm_lr=1e-2, rm_steps=200, lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=5,
 )
 
 
@@ -55,9 +54,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
     add("--N", type=int, default=100, help="outer steps (paper: not stated)")
-    add("--alpha", type=float, default=1.0, help="weight of φ (a sum over K) against ∇L(θ; x_r)")
+    add("--alpha", type=float, default=1.0, help="weight of φ / K against ∇L(θ; x_r); α_paper = α · η")
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops (Algorithm 1: sgd)")
-    add("--bound", action=argparse.BooleanOptionalAction, default=True, help="heldout loss above log V: no φ")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
@@ -136,53 +134,49 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
 
 
 def mlac_ar(
-    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", bound=True, seed=0,
-    log=lambda *_, **__: None,
+    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", seed=0, log=lambda *_, **__: None
 ):  # fmt: skip
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
     forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and, last, x_heldout
     retain     Stream of B texts
     K, N       adversary steps per outer step; outer steps
-    lr, alpha  η of both loops; weight of φ beside ∇L(θ; x_r). alpha = 0 is fine-tuning on R
+    lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
-    bound      a heldout loss above log V adds nothing to φ
     seed       of the stochastic rounding to bfloat16
-    log        called as log(i, N, retain=, adversary=, heldout=, bounded=)
+    log        called as log(i, N, retain=, adversary=, heldout=, phi=)
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # of both loops, in turn
     theta, moments = HostCopy(params), HostCopy(*opt.moments)  # what waits while the model is ω
     opt.wait_for = theta, moments  # before it overwrites a parameter, its copy must be complete
-    chance = math.log(model.get_input_embeddings().weight.shape[0])
     model.train()
     for i in range(1, N + 1):
         ids, mask = forget[i - 1]
         *x_f, x_heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
         theta.save()  # from here on the model is ω
         moments.save()
-        means = torch.zeros(3, device=model.device)  # over k, to be logged
+        means = torch.zeros(2, device=model.device)  # over k, to be logged
         for k in range(1, K + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
             with opt.in_backward(k, lr, seed, "adversary", i, k):  # φ is set aside
                 loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
             loss_h = next_token_loss(model, *x_heldout)
-            above = loss_h > chance
-            added = loss_h * ~above if bound else loss_h
             with theta.load_in_backward(params) if k == K else nullcontext():  # ω is used no more: θ is back
-                added.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
-            means += torch.stack([loss_f.detach(), loss_h.detach(), above]) / K
+                loss_h.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
+            means += torch.stack([loss_f.detach(), loss_h.detach()]) / K
         moments.load()
 
-        for p in params:  # .grad = -α φ; None where nothing depends on p
-            p.grad = p.grad.mul_(-alpha) if alpha and p.grad is not None else None
+        for p in params:  # .grad = -α/K φ; None where nothing depends on p
+            p.grad = p.grad.mul_(-alpha / K) if alpha and p.grad is not None else None
+        phi = torch.stack([p.grad.norm() for p in params if p.grad is not None] or [0 * means[0]]).norm()
         loss_r = next_token_loss(model, *retain[i - 1])  # a further loss at θ: add it here
         check_finite(i, loss_r, means.sum())
-        loss_r.backward()  # .grad = ∇L(θ; x_r) - α φ
+        loss_r.backward()  # .grad = ∇L(θ; x_r) - α/K φ
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
-        log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], bounded=means[2])
+        log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], phi=phi)
 
 
 def main(args):
@@ -197,7 +191,7 @@ def main(args):
             run.save(phase="random_mapping", data=args.data)
         mlac_ar(
             model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
-            optimizer=args.optimizer, bound=args.bound, seed=args.seed, log=partial(run.log, phase="mlac_ar"),
+            optimizer=args.optimizer, seed=args.seed, log=partial(run.log, phase="mlac_ar"),
         )  # fmt: skip
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")

@@ -3,9 +3,10 @@
     python tests/figures.py DIR                     # -> DIR/figures/figure2, figure3, as PNG and SVG
     python tests/figures.py DIR --format cloze      # the same, options scored by text
 
-Figure 2 is forget accuracy before and after Recovery, Figure 3 the attack's loss and forget accuracy by
-attack step. The rows are those that `python evaluate_mmlu.py --table DIR` prints. Needs matplotlib
-(tests/requirements.txt).
+Figure 2 is forget and retain accuracy before and after Recovery, Figure 3 the attack's loss and both
+accuracies by attack step. The rows are those that `python evaluate_mmlu.py --table DIR` prints, Table 1's
+apart from Table 2's; the never-taught control, where there is one, is a grey band of mean ± standard error.
+Needs matplotlib (tests/requirements.txt).
 """
 
 import argparse
@@ -31,9 +32,11 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported
 
 from common import fail
-from evaluate_mmlu import average, read_json, rows_under, scored
+from evaluate_mmlu import CONTROL, average, read_json, rows_under, scored
 
-LEGEND = {"frameon": False, "handlelength": 3.5}
+BEST = "AdvProbes-5 (IDK, Frz.)"  # of Table 1 and of Table 2
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
+BEFORE, AFTER = "#9ECAE9", "#B5400A"  # light and dark: apart without colour too
 
 
 def standard_error(values):
@@ -59,58 +62,84 @@ def save_figure(figure, folder, name):
         print(f"wrote {folder / name}.{kind}")
 
 
-def figure_2(Figure, rows, names, form):
-    """Bars, for the width of a column: forget accuracy of each row before and after Recovery."""
-    figure = Figure(figsize=(3.3, 0.5 + 0.3 * len(rows)))
-    axes = figure.add_subplot()
-    values = [average([scored(run) for run in runs]) for runs in rows.values()]
-    for place, (key, label, style) in enumerate((
-        ("forget", "unlearned", {"facecolor": "white", "hatch": "////"}),
-        ("forget_recovered", "after recovery", {"facecolor": "0.35"}),
-    )):  # fmt: skip
-        axes.barh(
-            [i + 0.38 * place for i in range(len(rows))], [v[key] for v in values], 0.38, label=label, lw=0.6,
-            edgecolor="black", xerr=[v[f"{key}_se"] for v in values], error_kw={"lw": 0.8, "capsize": 1.5},
-            **style,
-        )  # fmt: skip
-    axes.axvline(25, color="black", lw=0.8, ls="--", label="chance")
-    axes.set(xlim=(0, 104), xlabel=f"forget accuracy, % ({form})")
-    axes.set_yticks([i + 0.19 for i in range(len(rows))], names)
-    axes.invert_yaxis()
-    below = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.9), "ncols": 3}
-    figure.legend(*axes.get_legend_handles_labels(), **below, **LEGEND)
+def groups(rows):
+    """The rows but for the control's, [(title, {name: runs})]: Table 1's, then Table 2's."""
+    drawn = {name: runs for name, runs in rows.items() if name != CONTROL}
+    first = {"Adversarial Probes" if k == BEST else k: v for k, v in drawn.items()}
+    first = {k: v for k, v in first.items() if not k.startswith("AdvProbes")}
+    second = {k: v for k, v in drawn.items() if k.startswith("AdvProbes")}
+    second = {} if second.keys() <= {BEST} else second
+    return [(title, part) for title, part in (("Table 1", first), ("Table 2", second)) if part]
+
+
+def figure_2(Figure, parts, control, form):
+    """Bars: forget (left) and retain accuracy of each row, before and after Recovery."""
+    names = [name for _, part in parts for name in part]
+    values = [average([scored(run) for run in runs]) for _, part in parts for runs in part.values()]
+    places = [i + 0.6 * (i >= len(parts[0][1])) for i in range(len(names))]  # a gap before Table 2's
+    figure = Figure(figsize=(6.9, 0.8 + 0.27 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, side in zip(panels, ("forget", "retain")):
+        if control:
+            c = average([scored(run) for run in control])
+            mean, se = c[f"{side}_recovered"], c[f"{side}_recovered_se"]
+            axes.axvspan(mean - se, mean + se, color="0.85", lw=0, label="never taught, after recovery")
+        axes.axvline(25, color="black", lw=0.8, ls=(0, (4, 2)), label="chance")
+        for shift, key, label, look in (
+            (-0.19, side, "unlearned", {"facecolor": BEFORE, "hatch": "////"}),
+            (0.19, f"{side}_recovered", "after recovery", {"facecolor": AFTER}),
+        ):
+            axes.barh(
+                [place + shift for place in places], [v[key] for v in values], 0.38, lw=0.5, ec="black",
+                xerr=[v[f"{key}_se"] for v in values], error_kw={"lw": 0.8, "capsize": 1.5}, label=label,
+                **look,
+            )  # fmt: skip
+        axes.set(xlim=(0, 104), xlabel=f"{side} accuracy, % ({form})")
+        axes.set_yticks(places, names)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
-def figure_3(Figure, rows, names, form):
-    """Curves, for the width of a page: the attack's loss and forget accuracy of each row, by attack step."""
-    figure = Figure(figsize=(6.9, 2.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, runs in enumerate(rows.values()):
-        look = {"color": f"{0.6 * (i % 3) / 2:.2f}", "ls": ("-", "--", ":", "-.")[i % 4], "lw": 0.9}
-        look |= {
-            "label": names[i],
-            "marker": "os^Dv<>pX*"[i % 10],
-            "ms": 3.2,
-            "mfc": "white" if i % 2 else None,
-        }
-        steps, means, _ = zip(*curves(runs, "step", "loss"))
-        left.plot(steps, means, markevery=(i % 4, 4), **look)
-        runs = [run for run in runs if read_json(run["attack"] / "args.json")["arguments"]["format"] == form]
-        if points := curves(runs, "accuracy", "forget"):
-            steps, means, errors = zip(*((step, 100 * mean, 100 * se) for step, mean, se in points))
-            right.errorbar(steps, means, errors, capsize=1.5, elinewidth=0.6, **look)
-    right.axhline(25, color="black", lw=0.8, ls=(0, (1, 3)))
-    left.set(xlabel="attack step", ylabel="attack loss, nats per token")
-    right.set(xlabel="attack step", ylabel=f"forget accuracy, % ({form})", ylim=(0, 104))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", **LEGEND)
+def figure_3(Figure, parts, control, form):
+    """Curves by attack step: loss, forget and retain accuracy; a row of panels for each table."""
+    figure = Figure(figsize=(6.9, 0.3 + 2.2 * len(parts)), layout="constrained")
+    panels = figure.subplots(len(parts), 3, squeeze=False)
+    for line, (title, part) in zip(panels, parts):
+        for i, (name, runs) in enumerate(part.items()):
+            look = {"color": COLOURS[i % 8], "ls": ("-", "--", "-.", ":")[(i + i // 8) % 4], "lw": 1.1}
+            look |= {"marker": "os^Dv<>p"[i % 8], "ms": 3, "mfc": "white" if i % 2 else None, "label": name}
+            steps, means, _ = zip(*curves(runs, "step", "loss"))
+            line[0].plot(steps, means, markevery=(i % 4, 4), **look)
+            scored_so = [
+                r for r in runs if read_json(r["attack"] / "args.json")["arguments"]["format"] == form
+            ]
+            for axes, side in zip(line[1:], ("forget", "retain")):
+                if points := curves(scored_so, "accuracy", side):
+                    steps, means, errors = zip(*((s, 100 * mean, 100 * se) for s, mean, se in points))
+                    axes.errorbar(steps, means, errors, capsize=1.2, elinewidth=0.5, **look)
+        for axes, side in zip(line[1:], ("forget", "retain")):
+            if points := curves(control, "accuracy", side):
+                low, high = zip(*((100 * (mean - se), 100 * (mean + se)) for _, mean, se in points))
+                axes.fill_between([s for s, *_ in points], low, high, color="0.8", lw=0, label="never taught")
+            axes.axhline(25, color="black", lw=0.8, ls=(0, (4, 2)))
+            axes.annotate(
+                "chance", (1, 25), (0, -2), ("axes fraction", "data"), "offset points", ha="right", va="top"
+            )
+            axes.set(ylim=(0, 104), ylabel=f"{side} accuracy, % ({form})")
+        line[0].set(ylabel="attack loss, nats per token")
+        line[-1].legend(
+            loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3, title=title
+        )
+    for axes in panels[-1]:
+        axes.set_xlabel("attack step")
     return figure
 
 
 def figures(root, rows, form):
-    """Writes Figures 2 and 3 of the attacked rows of Table 1, in greys, into root/figures.
+    """Writes Figures 2 and 3 of the attacked rows into root/figures.
 
-    rows  of evaluate_mmlu.rows_under; if all attacked rows are of Table 2, these are drawn
+    rows  of evaluate_mmlu.rows_under
     """
     try:
         import matplotlib
@@ -118,15 +147,13 @@ def figures(root, rows, form):
     except ImportError:
         fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
     rows = {name: runs for name, runs in rows.items() if runs[0]["attack"]}
-    best = "AdvProbes-5 (IDK, Frz.)"  # of Table 1; the others are Table 2's
-    rows = {name: runs for name, runs in rows.items() if name == best or name[:9] != "AdvProbes"} or rows
-    if not rows:
+    control, parts = rows.get(CONTROL, []), groups(rows)
+    if not parts:
         fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints")
     matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.5})
-    names = ["Adversarial Probes" if name == best else name for name in rows]
+    matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.4})
     for name, draw in (("figure2", figure_2), ("figure3", figure_3)):
-        save_figure(draw(Figure, rows, names, form), Path(root) / "figures", name)
+        save_figure(draw(Figure, parts, control, form), Path(root) / "figures", name)
 
 
 def main(args):

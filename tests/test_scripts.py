@@ -68,7 +68,11 @@ def test_rmat_writes_a_checkpoint_directory(out):
     rows = metrics(out / "rmat")
     assert [r["step"] for r in rows if r["phase"] == "random_mapping"] == list(range(1, 7))
     outer = [r for r in rows if r["phase"] == "mlac_ar"]
-    assert len(outer) == 2 and {"retain", "adversary", "heldout", "bounded"} <= outer[0].keys()
+    assert (
+        len(outer) == 2
+        and all(row["phi"] > 0 for row in outer)
+        and {"retain", "adversary", "heldout"} <= outer[0].keys()
+    )
     scores = json.loads((out / "rmat" / "mmlu.json").read_text())  # recover.py scored it before the attack
     assert scores["forget"]["n"] == 216 and scores["retain"]["n"] == 432 and len(scores["subjects"]) == 6
     answers = (out / "rmat" / "mmlu.jsonl").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT, real
 
 import evaluate_mmlu as E
 import figures
+import tables as T
 from evaluate_mmlu import paper_scores
 
 COMMANDS = {name: row[1] for name, row in E.ROWS.items() if name not in ("Base", "Adversarial Probes")}
@@ -94,7 +96,8 @@ def attack(victim, folder, forget, lr="1e-3", base=None, protocol=None, name=Non
     scores = summary(forget, 0.9) | ({"protocol": protocol} if protocol else {})
     put(folder, facts_of("recover.py", *flags) | {"parent": str(victim), "base": str(base)}, scores)
     log = [{"phase": "step", "step": s, "loss": 3.0 - s / 100 - forget} for s in range(10, 50, 10)]
-    log += [{"phase": "accuracy", "step": s, "forget": 0.25 + (forget - 0.25) * s / 40} for s in (0, 20, 40)]
+    for s in (0, 20, 40):
+        log += [{"phase": "accuracy", "step": s, "forget": 0.25 + (forget - 0.25) * s / 40, "retain": 0.9}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
 
 
@@ -229,6 +232,25 @@ def test_scores_of_a_part_or_of_other_questions_do_not_replace_the_tables(tmp_pa
     assert E.write_scores(tmp_path, whole, [], part=True) == tmp_path / "mmlu_cloze.aaaaaaaa.json"
     assert (tmp_path / "mmlu_cloze.json").read_bytes() == before
     assert E.write_scores(tmp_path, whole, []) == tmp_path / "mmlu_cloze.json"  # measured again: replaced
+
+
+def test_the_rule_takes_the_gentlest_setting_at_chance_that_keeps_the_retain_set():
+    def found(**scores):
+        order = dict(zip("abcdef", T.grid("random_mapping")))  # gentlest first
+        assert [math.prod(s) for s in order.values()] == sorted(math.prod(s) for s in order.values())
+        return {order[k]: summary(f, r) for k, (f, r) in scores.items()}, order
+
+    base = summary(1.0, 1.0)
+    for expected, scores in (
+        ("c", {"a": (0.9, 1.0), "c": (0.31, 0.95), "d": (0.25, 1.0), "f": (0.2, 0.99)}),  # within two errors
+        ("d", {"a": (0.9, 1.0), "c": (0.32, 1.0), "d": (0.31, 1.0), "f": (0.2, 1.0)}),  # just outside them
+        ("d", {"a": (0.9, 1.0), "c": (0.25, 0.94), "d": (0.25, 0.96)}),  # c costs too much
+        ("b", {"a": (0.9, 1.0), "b": (0.6, 0.97), "c": (0.7, 1.0), "f": (0.3, 0.9)}),  # none: the nearest
+        ("e", {"a": (0.9, 0.5), "e": (0.9, 0.94), "f": (0.25, 0.6)}),  # none is cheap: the cheapest
+    ):
+        summaries, order = found(**scores)
+        assert T.choose(summaries, base) == order[expected], scores
+    assert T.grid("rmat")[0] == (1e-3, 20) and len(T.grid("rmat")) == len(T.grid("adv_probes")) == 6
 
 
 def test_figures_are_drawn_and_the_same_each_time(worlds):

@@ -1,13 +1,15 @@
 """Tables 1 and 2 of the miniature: every method and Recovery on several worlds, tuned by one rule.
 
-    1  tune     on world 0, each method at the learning rates of one grid (RATES), the rest as --tiny has it;
-                taken is the largest rate that costs at most 5 points of retain accuracy before any attack (by
-                text), or, if none does, the one that costs least. The attack is not looked at. The variants
-                of Table 2 take the rate of adv_probes, from which each differs in its flags only; SWD, a loss
-                of its own, is tuned
-    2  unlearn  every method on every world at its rate; its checkpoint is scored by evaluate_mmlu.py, by text
-    3  attack   recover.py on each result, and on the control that was never taught the forget facts, at two
-                rates
+    1  tune     on world 0, each method at the six settings of one grid, learning rate by steps, the rest as
+                --tiny has it. Taken is the gentlest setting (the smallest product of the two) that brings
+                forget accuracy, by text, to chance within two standard errors at a cost of at most 5 points
+                of retain accuracy; if none does, the one that comes nearest. The attack on every setting is
+                measured and printed too, but not looked at. RMAT starts from Random Mapping as tuned. The
+                variants of Table 2 take the setting of adv_probes, from which they differ in flags only;
+                SWD, a loss of its own, is tuned
+    2  unlearn  every method on every world in its setting; its checkpoint is scored by evaluate_mmlu.py
+    3  attack   recover.py on each result, on the base, and on the control that was never taught the forget
+                facts: the attack of the tables, a longer and a harder one
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
 
@@ -17,7 +19,7 @@ trained first (tests/tiny/train.py: ten minutes per model, two models per world)
 
     python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two hours on two cores
     python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
-    python evaluate_mmlu.py --table out/tables-3e-3 --format cloze      # the tables under the other attack
+    python evaluate_mmlu.py --table out/tables-640 --format cloze       # the tables under another attack
     python tests/figures.py out/tables --format cloze                   # the figures
 """
 
@@ -30,12 +32,15 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RATES = ("1e-3", "3e-3", "1e-2")  # the grid of every tuned method
-ATTACKS = ("1e-3", "3e-3")  # of Recovery: --tiny's, whose table is the table, and a harder one
+RATES = (1e-3, 3e-3, 1e-2)
+GRID = {"--steps": (50, 200), "--N": (20, 80)}  # by a method's flag: each of these at each rate
+ATTACKS = {"": (1e-3, 160), "640": (1e-3, 640), "3e-3": (3e-3, 160)}  # rate, steps; "": --tiny's, the tables'
 NAIVE = ("random_mapping", "min_posterior", "max_entropy", "high_low_lr")  # gates 3 and 4 are about these
 TUNED = {  # tuned methods: script and flags
     "min_posterior": ("baselines.py", "--method", "min_posterior"),
@@ -47,12 +52,35 @@ TUNED = {  # tuned methods: script and flags
     "adv_probes": ("adv_probes.py",),
     "adv_probes_swd": ("adv_probes.py", "--swd"),
 }
-VARIANTS = {  # the other rows of Table 2, at the rate of adv_probes
+VARIANTS = {  # the other rows of Table 2
+    "adv_probes_3_rand": ("adv_probes.py", "--probe-steps", 3, "--match", "rand", "--no-freeze"),
+    "adv_probes_3_rand_frz": ("adv_probes.py", "--probe-steps", 3, "--match", "rand"),
     "adv_probes_3_idk": ("adv_probes.py", "--probe-steps", 3, "--no-freeze"),
-    "adv_probes_5_idk": ("adv_probes.py", "--no-freeze"),
-    "adv_probes_3_rand": ("adv_probes.py", "--probe-steps", 3, "--no-freeze", "--match", "rand"),
-    "adv_probes_5_rand": ("adv_probes.py", "--no-freeze", "--match", "rand"),
+    "adv_probes_3_idk_frz": ("adv_probes.py", "--probe-steps", 3),
 }
+
+
+def flag(method):
+    """The flag that says how many steps a method takes; of RMAT, its second phase."""
+    return "--N" if method in ("mlac_ar", "rmat") else "--steps"
+
+
+def grid(method):
+    """The settings (rate, steps) of a method, gentlest first."""
+    return sorted(product(RATES, GRID[flag(method)]), key=math.prod)
+
+
+def choose(found, base):
+    """The setting that the rule of the docstring takes.
+
+    found  {(rate, steps): a summary of scoring}; base: the summary of the base model
+    """
+    cost = {s: base["retain"]["acc"] - x["retain"]["acc"] for s, x in found.items()}
+    fit = sorted((s for s in found if cost[s] <= 0.05 + 1e-9), key=math.prod)
+    if not fit:
+        return min(found, key=cost.get)
+    forgot = [s for s in fit if found[s]["forget"]["acc"] <= 0.25 + 2 * found[s]["forget"]["se"]]
+    return forgot[0] if forgot else min(fit, key=lambda s: found[s]["forget"]["acc"])
 
 
 # fmt: off
@@ -63,7 +91,7 @@ def parse_args(argv=None):
     add("--worlds", type=int, nargs="+", default=[0, 1, 2], help="seeds; 0 is shipped, others are trained")
     add("--methods", nargs="+", default=rows, choices=rows, help="rows to measure")
     add("--jobs", type=int, default=1, help="scripts at a time, one thread each")
-    add("--out", default="out/tables", help="of the runs; also OUT-grid (tuning), OUT-3e-3 (harder attack)")
+    add("--out", default="out/tables", help="of the runs; also OUT-grid (tuning), OUT-640, OUT-3e-3")
     add("--report", action="store_true", help="print what is there, run nothing")
     return parser.parse_args(argv)
 # fmt: on
@@ -130,45 +158,52 @@ class Tables:
         for form in ("cloze", "letter"):
             self.score([folder / kind], folder, form)
 
-    def unlearn(self, method, seed, rate, out):
+    def unlearn(self, method, seed, setting, out):
         """One method on one world, scored by text. RMAT starts from that world's Random Mapping, as rmat.py
         would (a test checks)."""
-        world = self.out / f"world{seed}"
+        world, (rate, steps) = self.out / f"world{seed}", setting
         start, more = world / "base", ()
         if method == "rmat":
             start, more = world / "random_mapping", ("--rm-steps", 0)
         if not (out / "args.json").exists():
             shutil.rmtree(out, ignore_errors=True)
             script, *flags = (TUNED | VARIANTS)[method]
-            data = ("--model", start, "--data", world / "chunks.jsonl")
-            run(script, "--tiny", *flags, *more, "--lr", rate, *data, "--out", out)
+            data = ("--model", start, "--data", world / "chunks.jsonl", "--lr", rate, flag(method), steps)
+            run(script, "--tiny", *flags, *more, *data, "--out", out)
         self.score([out], world, "cloze")
 
+    def cell(self, method, setting):
+        """Folder of a setting's run on world 0."""
+        return self.grid / "{}-{}-{}".format(method, *setting)
+
     def tune(self, method):
-        """The method's rate by the rule, and its run on world 0 copied from the grid."""
-        base = scores(self.out / "world0" / "base")["retain"]["acc"]
-        cost = {r: base - scores(self.grid / f"{method}-{r}")["retain"]["acc"] for r in RATES}
-        fit = [r for r in RATES if cost[r] <= 0.05 + 1e-9]
-        rate = fit[-1] if fit else min(RATES, key=cost.get)
+        """The method's setting by the rule, and its run on world 0 copied from the grid."""
+        found = {s: scores(self.cell(method, s)) for s in grid(method)}
+        setting = choose(found, scores(self.out / "world0" / "base"))
         if not (self.out / "world0" / method / "args.json").exists():
-            copy(self.grid / f"{method}-{rate}", self.out / "world0" / method)
-        return rate
+            copy(self.cell(method, setting), self.out / "world0" / method)
+        return setting
 
-    def attacked(self, seed, name, rate):
-        """Where Recovery at a rate writes: into the checkpoint at --tiny's own, beside OUT at another."""
-        if rate == ATTACKS[0]:
+    def attacked(self, seed, name, attack):
+        """Where Recovery writes: into the checkpoint if the attack is --tiny's, else beside OUT."""
+        if not attack:
             return self.out / f"world{seed}" / name / "recovered"
-        return self.out.with_name(f"{self.out.name}-{rate}") / f"world{seed}" / name
+        return self.out.with_name(f"{self.out.name}-{attack}") / f"world{seed}" / name
 
-    def attack(self, seed, name, rate):
-        """Recovery of one checkpoint at one rate; both are scored in letters too."""
-        world, there = self.out / f"world{seed}", self.attacked(seed, name, rate)
+    def recover(self, victim, seed, attack, there):
+        """Recovery of one checkpoint, scored by text."""
         if not (there / "scores.json").exists():
             shutil.rmtree(there, ignore_errors=True)
+            world, (rate, steps) = self.out / f"world{seed}", ATTACKS[attack]
             data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
-            every = ("--eval-every", 20 if rate == ATTACKS[0] else 160)
-            run("recover.py", "--tiny", "--ckpt", world / name, *data, "--lr", rate, *every, "--out", there)
-        self.score([world / name, there] if rate == ATTACKS[0] else [there], world, "letter")
+            pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 20)
+            run("recover.py", "--tiny", "--ckpt", victim, *data, *pace, "--out", there)
+
+    def attack(self, seed, name, attack):
+        """Recovery of one row on one world; both checkpoints are scored in letters too."""
+        world, there = self.out / f"world{seed}", self.attacked(seed, name, attack)
+        self.recover(world / name, seed, attack, there)
+        self.score([there] if attack else [world / name, there], world, "letter")
 
     def fill(self):
         """All cells, in an order that has each one's parents first."""
@@ -176,90 +211,83 @@ class Tables:
         if not (self.out / "world0").exists():
             copy(HERE / "world0", self.out / "world0")
         self.each(self.world, *[(0, kind) for kind in ("base", "filtered")])
-        first = [(m, 0, r, self.grid / f"{m}-{r}") for m in tuned if m != "rmat" for r in RATES]
-        self.each(self.unlearn, *first)
-        rates = {m: self.tune(m) for m in tuned if m != "rmat"}
-        if "rmat" in tuned:
-            self.each(self.unlearn, *[("rmat", 0, r, self.grid / f"rmat-{r}") for r in RATES])
-            rates["rmat"] = self.tune("rmat")
-        rates |= {m: rates["adv_probes"] for m in VARIANTS if m in self.methods}
-        self.each(self.world, *[(s, kind) for s in self.worlds for kind in ("base", "filtered")])
+        settings = {}
         for last in (False, True):  # RMAT needs Random Mapping's result
-            cells = [(m, s) for s in self.worlds for m in rates if (m == "rmat") == last]
-            self.each(self.unlearn, *[(m, s, rates[m], self.out / f"world{s}" / m) for m, s in cells])
-        self.each(
-            self.attack,
-            *[(s, name, a) for s in self.worlds for name in ("filtered", *rates) for a in ATTACKS],
-        )
+            now = [m for m in tuned if (m == "rmat") == last]
+            self.each(self.unlearn, *[(m, 0, s, self.cell(m, s)) for m in now for s in grid(m)])
+            settings |= {m: self.tune(m) for m in now}
+        cells = [self.cell(m, s) for m in tuned for s in grid(m)]
+        self.each(self.recover, *[(cell, 0, "", cell / "recovered") for cell in cells])
+        settings |= {m: settings["adv_probes"] for m in VARIANTS if m in self.methods}
+        self.each(self.world, *[(s, kind) for s in self.worlds for kind in ("base", "filtered")])
+        for last in (False, True):
+            rows = [(m, s) for s in self.worlds for m in settings if (m == "rmat") == last]
+            self.each(self.unlearn, *[(m, s, settings[m], self.out / f"world{s}" / m) for m, s in rows])
+        names = ("base", "filtered", *settings)
+        self.each(self.attack, *[(s, name, a) for a in ATTACKS for s in self.worlds for name in names])
+
+    def accuracies(self, name, attack, form, side="forget"):
+        """Percent, a number a world, of a row under an attack (None: before any); [] where one is missing."""
+        folders = [self.out / f"world{seed}" / name for seed in self.worlds]
+        if attack is not None:
+            folders = [self.attacked(seed, name, attack) for seed in self.worlds]
+        found = [scores(folder, form) for folder in folders]
+        return [100 * s[side]["acc"] for s in found] if all(found) else []
 
     def gates(self, form):
         """Prints the gates of one format; a gate's sentence ends in what it asks for."""
-        acc = {}  # (name, when, side): percent, a number a world
-        for name in ("base", "filtered", *self.methods):
-            for when in ("before", *ATTACKS):
-                for seed in self.worlds:
-                    there = (
-                        self.out / f"world{seed}" / name
-                        if when == "before"
-                        else self.attacked(seed, name, when)
-                    )
-                    for side in ("forget", "retain") if scores(there, form) else ():
-                        acc.setdefault((name, when, side), []).append(100 * scores(there, form)[side]["acc"])
-        acc = {key: values for key, values in acc.items() if len(values) == len(self.worlds)}
-        mean = {key: statistics.mean(values) for key, values in acc.items()}
-        low = [min(acc["base", "before", side]) for side in ("forget", "retain")]
-        print(
-            f"1 base: forget {low[0]:.1f}, retain {low[1]:.1f} in its worst world (>= 95 cloze, >= 90 letter)"
-        )
-        print(f"2 control: forget {mean['filtered', 'before', 'forget']:.1f} (chance, 25)")
-        for m in [m for m in NAIVE if (m, ATTACKS[-1], "forget") in mean]:
-            cost = mean["base", "before", "retain"] - mean[m, "before", "retain"]
-            after = f"forget {mean[m, 'before', 'forget']:.1f} (chance, 25)"
-            print(f"3 {m}: {after}, costs {cost:.1f} of retain (<= 5)")
-            lost = [b - u for b, u in zip(acc["base", "before", "forget"], acc[m, "before", "forget"])]
-            back = {
-                a: [x - u for x, u in zip(acc[m, a, "forget"], acc[m, "before", "forget"])] for a in ATTACKS
-            }
-            if min(lost) > 5:
-                best = max(statistics.mean(x / y for x, y in zip(back[a], lost)) for a in ATTACKS)
-                print(f"4 {m}: {100 * best:.0f} % of what was lost comes back at the best rate (>= 50)")
-        print(
-            "4 control after the attacks: "
-            + ", ".join(f"{mean['filtered', a, 'forget']:.1f}" for a in ATTACKS)
-        )
-        if ("rmat", ATTACKS[-1], "forget") in mean and ("random_mapping", ATTACKS[-1], "forget") in mean:
-            worst = {
-                m: [max(x) for x in zip(*(acc[m, a, "forget"] for a in ATTACKS))]
-                for m in ("random_mapping", "rmat")
-            }
-            gaps = [a - b for a, b in zip(worst["random_mapping"], worst["rmat"])]
-            se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-            gap = f"{statistics.mean(gaps):.1f} ± {se:.1f}"
-            print(f"5 Random Mapping minus RMAT at its worst attack: {gap} (> 2 errors)")
+        acc, mean = partial(self.accuracies, form=form), statistics.mean
+        low = [min(acc("base", None, side=side)) for side in ("forget", "retain")]
+        print("1 base: forget {:.1f}, retain {:.1f} in its worst world (>= 95; letters 90)".format(*low))
+        print(f"2 control: forget {mean(acc('filtered', None)):.1f} (chance, 25)")
+        for m in [m for m in NAIVE if m in self.methods]:
+            base, before = acc("base", None), acc(m, None)
+            cost = mean(acc("base", None, side="retain")) - mean(acc(m, None, side="retain"))
+            print(f"3 {m}: forget {mean(before):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
+            lost = mean(base) - mean(before)
+            back = [100 * (mean(acc(m, a)) - mean(before)) / lost if lost > 5 else math.nan for a in ATTACKS]
+            shown = ", ".join(f"{x:.0f}" for x in back)
+            print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
+        shown = ", ".join(f"{mean(acc('filtered', a)):.1f}" for a in ATTACKS)
+        print(f"4 control after the attacks: {shown} (chance, 25)")
+        for other, m in (("random_mapping", "rmat"), ("rmat", "filtered")) if "rmat" in self.methods else ():
+            for a in ATTACKS:
+                gaps = [x - y for x, y in zip(acc(other, a), acc(m, a))]
+                se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+                asked = "> 2 errors" if m == "rmat" else "< 2 errors: as if never taught"
+                gap = f"{mean(gaps):.1f} ± {se:.1f}"
+                print(f"5 {other} minus {m} after attack {a or 'of the tables'}: {gap} ({asked})")
+
+
+def percent(summary, *sides):
+    return " / ".join(f"{100 * summary[side]['acc']:.1f}" for side in sides)
 
 
 def main(args):
     tables = Tables(args)
     if not args.report:
         tables.fill()
-    elif not (tables.out.with_name(f"{tables.out.name}-{ATTACKS[1]}")).exists():
+    elif not (tables.out.with_name(f"{tables.out.name}-3e-3")).exists():
         raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
-    print("\nTuning on world 0: retain / forget before the attack, percent, by text; taken rates are bold\n")
-    print("| | " + " | ".join(RATES) + " |\n|---|" + "---|" * len(RATES))
+    print("\nTuning on world 0, percent by text: retain / forget -> forget after the attack; taken is bold\n")
+    columns = [f"{rate:g}, {'short' if n == 50 else 'long'}" for rate, n in grid("random_mapping")]
+    print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for method in [m for m in TUNED if m in tables.methods]:
-        found = {rate: scores(tables.grid / f"{method}-{rate}") for rate in RATES}
-        cells = [f"{100 * s['retain']['acc']:.1f} / {100 * s['forget']['acc']:.1f}" for s in found.values()]
-        taken = RATES.index(tables.tune(method))
-        cells[taken] = f"**{cells[taken]}**"
-        print(f"| {method} | " + " | ".join(cells) + " |")
+        taken, row = tables.tune(method), []
+        for setting in grid(method):
+            cell = tables.cell(method, setting)
+            after = percent(scores(cell / "recovered"), "forget")
+            text = f"{percent(scores(cell), 'retain', 'forget')} -> {after}"
+            row.append(f"**{text}**" if setting == taken else text)
+        print(f"| {method} | " + " | ".join(row) + " |")
     for form in ("cloze", "letter"):
         print(f"\nGates, {form}\n")
         tables.gates(form)
-        print(f"\n{form}\n", flush=True)
-        command = [sys.executable, "evaluate_mmlu.py", "--format", form, "--table"]
-        subprocess.run([*command, tables.out], cwd=ROOT, check=True)
-    print(f"\ncloze, attacked at {ATTACKS[1]}\n", flush=True)
-    subprocess.run([*command[:3], "cloze", "--table", f"{tables.out}-{ATTACKS[1]}"], cwd=ROOT, check=True)
+    for attack, form in (("", "cloze"), ("", "letter"), *((a, "cloze") for a in ATTACKS if a)):
+        folder = f"{tables.out}-{attack}" if attack else tables.out
+        print(f"\n{folder}, {form}\n", flush=True)
+        command = [sys.executable, "evaluate_mmlu.py", "--format", form, "--table", folder]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
