@@ -45,9 +45,9 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    steps=200, batch=24, tokens=208, log_every=50,
+    steps=100, batch=24, tokens=208, log_every=50,
 )
-TINY_LR = dict(min_posterior=1e-2, max_entropy=1e-2, high_low_lr=3e-3)
+TINY_LR = dict(min_posterior=1e-2, max_entropy=3e-3, high_low_lr=1e-3)
 
 
 def parse_args(argv=None):

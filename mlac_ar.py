@@ -48,7 +48,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=2,
+    lr=1e-3, K=4, N=60, batch=24, tokens=208, log_every=2,
 )
 
 

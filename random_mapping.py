@@ -40,7 +40,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    lr=1e-2, steps=200, batch=24, tokens=208, log_every=50,
+    lr=3e-3, steps=300, batch=24, tokens=208, log_every=50,
 )
 
 

@@ -37,7 +37,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    rm_lr=1e-2, rm_steps=200, lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=5,
+    rm_lr=3e-3, rm_steps=300, lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=5,
 )
 
 

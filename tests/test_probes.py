@@ -44,8 +44,8 @@ def test_swd_loss_is_small_on_noise_and_large_on_a_point():
     mask = torch.ones(16, 65, dtype=torch.bool)
     noise = torch.randn(16, 65, 32, generator=torch.Generator().manual_seed(1))
     point = torch.ones(16, 65, 32)
-    low, high = P.swd_loss([5 * noise], mask, 0), P.swd_loss([point], mask, 0)
-    assert low < 0.02 and high > 0.5
+    low, wide, high = (P.swd_loss([h], mask, 0) for h in (noise, 5 * noise, point))
+    assert low < 0.02 and high > 0.5 and 15 < wide < 17  # (5 - 1)²: scale counts
     spoilt = noise.clone()
     spoilt[:, 0] = spoilt[:, -9:] = 100.0  # BOS and pads do not count
     mask[:, -9:] = False

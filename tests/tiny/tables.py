@@ -2,14 +2,15 @@
 
     1  tune     on world 0, each method at the six settings of one grid, learning rate by steps, the rest as
                 --tiny has it. Taken is the gentlest setting (the smallest product of the two) that brings
-                forget accuracy, by text, to chance within two standard errors at a cost of at most 5 points
-                of retain accuracy; if none does, the one that comes nearest. The attack on every setting is
-                measured and printed too, but not looked at. RMAT starts from Random Mapping as tuned. The
-                variants of Table 2 take the setting of adv_probes, from which they differ in flags only;
-                SWD, a loss of its own, is tuned
+                forget accuracy, by text, down to the never-taught control's within two standard errors of the
+                difference, at a cost of at most 5 points of retain accuracy; if none does, the one that comes
+                nearest. RMAT starts from Random Mapping as tuned, so there already, and its second phase is
+                to make that last: of its settings the strongest at that cost is taken. The attack on every
+                setting is measured and printed too, but not looked at. The variants of Table 2 take the
+                setting of adv_probes, from which they differ in flags only; SWD, a loss of its own, is tuned
     2  unlearn  every method on every world in its setting; its checkpoint is scored by evaluate_mmlu.py
     3  attack   recover.py on each result, on the base, and on the control that was never taught the forget
-                facts: the attack of the tables, a longer and a harder one
+                facts; on the methods of HARDER and the control also a longer and a harder attack
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
 
@@ -39,9 +40,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RATES = (1e-3, 3e-3, 1e-2)
-GRID = {"--steps": (50, 200), "--N": (20, 80)}  # by a method's flag: each of these at each rate
+GRID = {"--steps": (100, 300), "--N": (20, 60)}  # by a method's flag: each of these at each rate
 ATTACKS = {"": (1e-3, 160), "640": (1e-3, 640), "3e-3": (3e-3, 160)}  # rate, steps; "": --tiny's, the tables'
 NAIVE = ("random_mapping", "min_posterior", "max_entropy", "high_low_lr")  # gates 3 and 4 are about these
+HARDER = (*NAIVE, "mlac_ar", "rmat")  # attacked in all ways
 TUNED = {  # tuned methods: script and flags
     "min_posterior": ("baselines.py", "--method", "min_posterior"),
     "max_entropy": ("baselines.py", "--method", "max_entropy"),
@@ -67,20 +69,30 @@ def flag(method):
 
 def grid(method):
     """The settings (rate, steps) of a method, gentlest first."""
-    return sorted(product(RATES, GRID[flag(method)]), key=math.prod)
+    return sorted(product(RATES, GRID[flag(method)]), key=strength)
 
 
-def choose(found, base):
+def strength(setting):
+    """What gentle means: the way that Adam can go, rate by steps; of two equal ones, at the smaller rate."""
+    return round(math.prod(setting), 9), setting
+
+
+def choose(found, base, control, second=False):
     """The setting that the rule of the docstring takes.
 
-    found  {(rate, steps): a summary of scoring}; base: the summary of the base model
+    found          {(rate, steps): a summary of scoring}
+    base, control  summaries of the base model and of the never-taught one
+    second         of RMAT's second phase
     """
     cost = {s: base["retain"]["acc"] - x["retain"]["acc"] for s, x in found.items()}
-    fit = sorted((s for s in found if cost[s] <= 0.05 + 1e-9), key=math.prod)
+    fit = sorted((s for s in found if cost[s] <= 0.05 + 1e-9), key=strength)
     if not fit:
         return min(found, key=cost.get)
-    forgot = [s for s in fit if found[s]["forget"]["acc"] <= 0.25 + 2 * found[s]["forget"]["se"]]
-    return forgot[0] if forgot else min(fit, key=lambda s: found[s]["forget"]["acc"])
+    if second:
+        return fit[-1]
+    above = {s: found[s]["forget"]["acc"] - control["forget"]["acc"] for s in fit}
+    error = {s: math.hypot(found[s]["forget"]["se"], control["forget"]["se"]) for s in fit}
+    return next((s for s in fit if above[s] <= 2 * error[s]), min(fit, key=above.get))
 
 
 # fmt: off
@@ -179,7 +191,8 @@ class Tables:
     def tune(self, method):
         """The method's setting by the rule, and its run on world 0 copied from the grid."""
         found = {s: scores(self.cell(method, s)) for s in grid(method)}
-        setting = choose(found, scores(self.out / "world0" / "base"))
+        known = [scores(self.out / "world0" / kind) for kind in ("base", "filtered")]
+        setting = choose(found, *known, second=method == "rmat")
         if not (self.out / "world0" / method / "args.json").exists():
             copy(self.cell(method, setting), self.out / "world0" / method)
         return setting
@@ -196,7 +209,7 @@ class Tables:
             shutil.rmtree(there, ignore_errors=True)
             world, (rate, steps) = self.out / f"world{seed}", ATTACKS[attack]
             data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
-            pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 20)
+            pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 40)
             run("recover.py", "--tiny", "--ckpt", victim, *data, *pace, "--out", there)
 
     def attack(self, seed, name, attack):
@@ -223,8 +236,9 @@ class Tables:
         for last in (False, True):
             rows = [(m, s) for s in self.worlds for m in settings if (m == "rmat") == last]
             self.each(self.unlearn, *[(m, s, settings[m], self.out / f"world{s}" / m) for m, s in rows])
-        names = ("base", "filtered", *settings)
-        self.each(self.attack, *[(s, name, a) for a in ATTACKS for s in self.worlds for name in names])
+        rows = {a: ("filtered", *(m for m in HARDER if m in settings)) for a in ATTACKS}
+        rows[""] = ("base", "filtered", *settings)
+        self.each(self.attack, *[(s, name, a) for a in ATTACKS for name in rows[a] for s in self.worlds])
 
     def accuracies(self, name, attack, form, side="forget"):
         """Percent, a number a world, of a row under an attack (None: before any); [] where one is missing."""
@@ -270,7 +284,9 @@ def main(args):
     elif not (tables.out.with_name(f"{tables.out.name}-3e-3")).exists():
         raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
     print("\nTuning on world 0, percent by text: retain / forget -> forget after the attack; taken is bold\n")
-    columns = [f"{rate:g}, {'short' if n == 50 else 'long'}" for rate, n in grid("random_mapping")]
+    columns = [
+        f"{rate:g}, {'short' if n == GRID['--steps'][0] else 'long'}" for rate, n in grid("random_mapping")
+    ]
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for method in [m for m in TUNED if m in tables.methods]:
         taken, row = tables.tune(method), []
