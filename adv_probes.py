@@ -34,7 +34,7 @@ Metrics: `forget`, the probes' E[D(M)] - E[D(F)] after their steps, with --swd t
 L(θ; x_r) in nats per token. Healthy: forget rises while the probes learn, then falls; retain stays. Sick:
 forget stays at 0 (probe_lr too small) or retain rises (lr too large).
 
-    python adv_probes.py --tiny   # the miniature on a laptop, 2 min         -> out/adv_probes
+    python adv_probes.py --tiny   # the miniature on a laptop, 3 min         -> out/adv_probes
     python adv_probes.py          # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/adv_probes
     python adv_probes.py --no-freeze --probe-steps 3 --match rand --out out/probes_3_rand    # of Table 2
     python adv_probes.py --swd --out out/probes_swd
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     if "--swd" in argv:
         parser.set_defaults(freeze=False)
     if "--tiny" in argv:
-        parser.set_defaults(**TINY | ({"lr": 1e-2} if "--swd" in argv else {}))
+        parser.set_defaults(**TINY | ({"lr": 1e-3, "steps": 100} if "--swd" in argv else {}))
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.log_every, args.probe_steps) < 1 or args.tokens < 2:
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")

@@ -28,7 +28,7 @@ Metrics: `forget`, the loss on x_f (min_posterior and high_low_lr: nats per toke
 entropy, at least -log V; phase random_mapping: 0 to 2); `retain`, L(θ; x_r) in nats per token. Healthy:
 forget falls, retain stays near its first value. Sick: retain rises (lr too large).
 
-    python baselines.py --method max_entropy --tiny   # the miniature, 80 s on a laptop   -> out/max_entropy
+    python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
 A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its

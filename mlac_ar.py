@@ -35,7 +35,7 @@ nothing, and the run only fine-tunes on R. Whether the model is robust, only rec
 
 A loss of NaN or infinity stops the run before θ is updated, and the weights before that step are saved.
 
-    python mlac_ar.py --tiny                       # the miniature on a laptop, 2 min      -> out/mlac_ar
+    python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar
     python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar
 """
 

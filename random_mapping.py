@@ -28,7 +28,7 @@ Metrics: `forget`, the mapping loss: 0 on target, 1 for unrelated directions, 2 
 in nats per token. Healthy: forget falls from 1 towards 0.5 or below, retain stays near its first value.
 Sick: forget stays at 1 (lr too small) or retain rises (lr too large).
 
-    python random_mapping.py --tiny   # the miniature on a laptop, 80 s         -> out/random_mapping
+    python random_mapping.py --tiny   # the miniature on a laptop, 2 min        -> out/random_mapping
     python random_mapping.py          # Llama-2-7b-chat on one 80 GB GPU, bf16  -> out/random_mapping
 """
 

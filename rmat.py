@@ -22,7 +22,7 @@ moments are in pinned host memory during the inner loop, 40 GB for 7B.
 Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
 `adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar.
 
-    python rmat.py --tiny               # the miniature on a laptop, 3.5 min       -> out/rmat
+    python rmat.py --tiny               # the miniature on a laptop, 2.5 min       -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
     python recover.py --ckpt out/rmat   # attacks it; prints its row of Table 1    -> out/rmat/recovered
 """

@@ -193,8 +193,11 @@ class Tables:
         found = {s: scores(self.cell(method, s)) for s in grid(method)}
         known = [scores(self.out / "world0" / kind) for kind in ("base", "filtered")]
         setting = choose(found, *known, second=method == "rmat")
-        if not (self.out / "world0" / method / "args.json").exists():
-            copy(self.cell(method, setting), self.out / "world0" / method)
+        taken, there = self.cell(method, setting), self.out / "world0" / method
+        if not (there / "args.json").exists():
+            copy(taken, there)
+        elif (taken / "args.json").read_bytes() != (there / "args.json").read_bytes():
+            raise SystemExit(f"tables.py: {there} is of another setting; delete it and what started from it")
         return setting
 
     def attacked(self, seed, name, attack):
@@ -259,9 +262,9 @@ class Tables:
             cost = mean(acc("base", None, side="retain")) - mean(acc(m, None, side="retain"))
             print(f"3 {m}: forget {mean(before):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
             lost = mean(base) - mean(before)
-            back = [100 * (mean(acc(m, a)) - mean(before)) / lost if lost > 5 else math.nan for a in ATTACKS]
-            shown = ", ".join(f"{x:.0f}" for x in back)
-            print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
+            if lost > 5:
+                shown = ", ".join(f"{100 * (mean(acc(m, a)) - mean(before)) / lost:.0f}" for a in ATTACKS)
+                print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
         shown = ", ".join(f"{mean(acc('filtered', a)):.1f}" for a in ATTACKS)
         print(f"4 control after the attacks: {shown} (chance, 25)")
         for other, m in (("random_mapping", "rmat"), ("rmat", "filtered")) if "rmat" in self.methods else ():
