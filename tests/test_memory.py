@@ -138,7 +138,7 @@ CASES = {
     "adv_probes": (adv_probes, ("--probe-width", "64"), lambda m, x, log: adv_probes.adv_probes(
         m, x, x, x, steps=2, lr=1e-3, probe_width=64, log=log), 0),
     "swd": (adv_probes, ("--swd",), lambda m, x, log: adv_probes.adv_probes(
-        m, x, x, None, steps=2, lr=1e-3, log=log), 0),
+        m, x, x, None, steps=2, lr=1e-3, freeze=False, log=log), 0),
     "recover": (recover, (), lambda m, x, log: recover.finetune(m, x, steps=2, lr=1e-3, log=log), 0),
     "mlac_ar": (mlac_ar, (), lambda m, x, log: mlac_ar.mlac_ar(
         m, five(x), x, K=4, N=2, lr=1e-3, alpha=1, log=log), 3),
