@@ -73,6 +73,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
+    add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
+    add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/adv_probes", help="checkpoint directory to write")
     add("--lr", type=float, default=1e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
     add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
@@ -103,6 +105,8 @@ def parse_args(argv=None):
     given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
+    if bool(args.forget) != bool(args.retain):
+        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.steps = args.probe_steps = 1  # more steps hold no more
     return args

@@ -58,6 +58,8 @@ def parse_args(argv=None):
     add("--method", default="min_posterior", choices=METHODS, help="which baseline (3.3)")
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
+    add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
+    add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
     add("--lr", type=float, default=1e-5, help="falling linearly to 0; high_low_lr starts at 10 times it")
     add("--steps", type=int, default=500, help="optimizer steps (3.3; others: not stated)")
@@ -75,6 +77,8 @@ def parse_args(argv=None):
     args.out = args.out or f"out/{args.method}"
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
+    if bool(args.forget) != bool(args.retain):
+        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.steps = 2  # high_low_lr: one of each phase; more steps hold no more
     return args

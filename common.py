@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import time
 import weakref
+import zipfile
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache, partial
@@ -84,6 +85,9 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     local, has_gpu = Path(name).is_dir(), torch.cuda.is_available()
     if not local and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
+    if local and (Path(name) / "adapter_config.json").exists():
+        merge = "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
+        fail(f"{flag} {name}: a LoRA adapter, no model; merge it into its base first (peft: {merge})")
     if local and not (Path(name) / "config.json").exists():
         fail(f"{flag} {name}: no config.json, so no finished checkpoint; run its script (again)")
     where = torch.device(("cuda" if has_gpu else "cpu") if device == "auto" else device)
@@ -91,6 +95,9 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         fail(f"--device {device}: no GPU is visible here; use --device cpu, or --tiny for the miniature")
     if where.index and has_gpu:
         torch.cuda.set_device(where)  # where streams and events are made
+    if local and not [*Path(name).glob("*.safetensors")] and [*Path(name).glob("*.bin")] and not meta:
+        convert = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        fail(f"{flag} {name}: .bin weights are pickles, which can run code; if you trust them: {convert}")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.bfloat16)
@@ -120,6 +127,12 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     return model.eval(), tokenizer
 
 
+def local_path(folder, value):
+    """A name out of the args.json in `folder`, whose paths are relative to it, as seen from here."""
+    path = Path(folder) / str(value)
+    return os.path.relpath(path) if value and path.exists() else value
+
+
 def write_json(path, value):
     """Writes `value` completely or not at all."""
     draft = Path(path).with_suffix(".draft")
@@ -132,6 +145,9 @@ def peak_bytes():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+PATHS = set("model ckpt base data forget retain recovery mmlu questions out pile judge".split())  # flags
 
 
 class Run:
@@ -159,7 +175,8 @@ class Run:
     def load(self, name, flag="--model"):
         """The model of a checkpoint directory or hub name, with activation checkpointing on a GPU."""
         facts, args, self.name = Path(name) / "args.json", self.args, name
-        self.base = json.loads(facts.read_text()).get("base", name) if facts.exists() else name
+        known = json.loads(facts.read_text()) if facts.exists() else {}
+        self.base = local_path(name, known.get("base")) or name
         self.model, found = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
         self.tokenizer, self.place = (None, found.type) if args.dry_run else (found, self.model.device.type)
         if self.place == "cuda":
@@ -167,10 +184,16 @@ class Run:
         self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return self.model
 
+    def take(self, other):
+        """Takes over the model that another run loaded, and its data."""
+        for name in ("name", "base", "model", "tokenizer", "place", "size", "texts"):
+            setattr(self, name, getattr(other, name))
+
     def streams(self, **sizes):
         """Streams of args.data's chunks: streams(forget=8, retain=4) are two, of 8 and 4 texts per batch."""
         if self.texts is None and not self.args.dry_run:
-            self.texts = dict(zip(("forget", "retain"), load_chunks(self.args.data)))
+            own = getattr(self.args, "forget", None), getattr(self.args, "retain", None)
+            self.texts = dict(zip(("forget", "retain"), load_chunks(self.args.data, *own)))
         return [self.stream(self.texts and self.texts[purpose], n, purpose) for purpose, n in sizes.items()]
 
     def stream(self, texts, batch, purpose):
@@ -242,26 +265,35 @@ class Run:
         with open(self.out / "metrics.jsonl", "a") as f:
             f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def save(self, phase="", **facts):
+    def save(self, phase="", weights=True, **facts):
         """Writes weights, tokenizer and, last, args.json: it says that the checkpoint is complete.
 
-        phase  name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
-        facts  what later stages need to know, beside what is listed below
+        phase    name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
+        weights  False: only args.json
+        facts    what later stages need to know, beside what is listed below
         """
         if self.args.dry_run:
             return
         folder = self.out / phase
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if weights:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        names = {"parent": self.name, "base": self.base, **facts}
+        arguments = {k: self.portable(folder, v) if k in PATHS else v for k, v in vars(self.args).items()}
         device = torch.cuda.get_device_name() if self.place == "cuda" else platform.machine() + " cpu"
         facts = {
-            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": dict(vars(self.args)),
-            "parent": self.name, "base": self.base, **facts, "tiny": self.args.tiny, "seed": self.args.seed,
-            "device": device, "dtype": str(self.model.dtype).removeprefix("torch."),
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": arguments,
+            **{k: self.portable(folder, v) for k, v in names.items()}, "tiny": self.args.tiny,
+            "seed": self.args.seed, "device": device, "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
         }  # fmt: skip
         write_json(folder / "args.json", facts)
+
+    def portable(self, folder, value):
+        """A path relative to `folder`, so that the directory can be moved or published; other names as is."""
+        exists = isinstance(value, (str, Path)) and value and Path(value).exists()
+        return os.path.relpath(value, folder) if exists else value
 
     def report(self):
         """Prints what a dry run counted; returns the exit status, 1 if it does not fit."""
@@ -323,8 +355,12 @@ class LiveBytes(TorchDispatchMode):
 # ---- data ----------------------------------------------------------------------------------------------
 
 
+LOCAL = (".jsonl", ".json", ".zst", ".parquet", ".zip", ".csv", ".txt")  # no dataset's name on the hub
+
+
 def read_rows(source, flag, columns, config=None, split="train", streaming=False):
-    """Rows of a hub dataset, or of a local file or folder of jsonl, jsonl.zst or parquet (else of json).
+    """Rows of a hub dataset, of a local file or folder of jsonl, jsonl.zst, parquet or csv (else of json), or
+    of a folder that save_to_disk wrote.
 
     columns    that must be there
     config     of the hub dataset, or of a local folder in the hub's layout (parquet files CONFIG/SPLIT-*)
@@ -336,17 +372,21 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
     datasets.disable_progress_bars()
     path = Path(source)
     try:
-        if path.exists():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)
+            rows = rows[split] if split in rows and isinstance(rows, dict) else rows
+        elif path.exists():
             files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
             names = [str(p) for p in files if not config or p.match(f"{config}/{split}-*")]
-            files = [n for n in names if re.search(r"\.(jsonl|jsonl\.zst|parquet)$", n)]
+            files = [n for n in names if re.search(r"\.(jsonl|jsonl\.zst|parquet|csv)$", n)]
             files = files or [n for n in names if n.endswith(".json")]
             if not files:
-                fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json or .parquet file there")
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
+                fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json, .parquet or .csv file there")
+            kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(files[0]).suffix, "json")
             small = {"chunksize": 1 << 20} if streaming and kind == "json" else {}  # bytes parsed at a time
+            small |= {"keep_default_na": False} if kind == "csv" else {}  # "None" is a word
             rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming, **small)
-        elif path.suffix in (".jsonl", ".json", ".zst", ".parquet", ".zip") or source[0] in "./~":
+        elif path.suffix in LOCAL or source[0] in "./~":
             fail(f"{flag} {source}: no such file or folder")
         else:
             rows = datasets.load_dataset(source, config, split=split, streaming=streaming)
@@ -359,14 +399,55 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
     return rows
 
 
-def load_chunks(source):
-    """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (bool, true: forget) (A.1).
+PLAIN = {"txt_chunk": lambda row: row["txt_chunk"], "text": lambda row: row["text"]}
+
+
+def read_texts(source, flag, column=None, forms=PLAIN):
+    """[str], the texts of a file, folder or hub dataset (see read_rows), of a zip of JSON objects, or the
+    paragraphs of a .txt file; prints what was understood.
+
+    column  that is the text; None: the first column of `forms` that is there
+    forms   {column: row -> text, or None: not one of them}
 
     A "<s>" or "</s>" spelled out at the ends is removed by removeprefix and removesuffix: strip eats letters.
     """
+    path = Path(source)
+    if path.suffix == ".zip" and path.exists():
+        try:
+            with zipfile.ZipFile(path) as z:
+                rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
+        except (zipfile.BadZipFile, ValueError) as error:
+            fail(f"{flag} {source}: a broken zip or JSON ({error}); download it again")
+    elif path.suffix == ".txt" and path.exists():
+        rows, column = [{"text": x} for x in path.read_text().split("\n\n") if x.strip()], "text"
+    else:
+        rows = [*read_rows(source, flag, (column,) if column else ())]
+    have = rows[0].keys() if rows else ()
+    kind = column or next((k for k in forms if k in have), None)
+    if not kind or kind not in have:
+        wanted = column or " or ".join(forms)
+        fail(f"{flag} {source}: no column {wanted}; it has {', '.join(have) or 'no rows'}")
+    texts = []
+    for i, row in enumerate(rows):
+        if (text := row[kind] if column else forms[kind](row)) is None:
+            continue
+        text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
+        texts.append(text or fail(f"{flag} {source}: row {i}: {kind} or its answer is empty; drop the row"))
+    print(f"{len(texts):,} texts from {source}, column {kind}", flush=True)
+    return texts
+
+
+def load_chunks(source, forget=None, retain=None):
+    """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (true or 1: forget) (A.1).
+
+    forget, retain  two sources of texts (see read_texts) instead
+    """
+    if forget and retain:
+        return read_texts(forget, "--forget"), read_texts(retain, "--retain")
     rows = read_rows(source, "--data", ("txt_chunk", "label"))
     sides = {True: [], False: []}
     for i, (text, label) in enumerate(zip(rows["txt_chunk"], rows["label"])):
+        label = {"0": False, "1": True, "false": False, "true": True}.get(str(label).lower(), label)
         if not isinstance(label, bool):
             fail(f"--data {source}: row {i}: label is {label!r}, not true or false; label or drop it")
         text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
@@ -377,7 +458,9 @@ def load_chunks(source):
         if not sides[label]:
             label = str(label).lower()
             fail(f"--data {source}: no row has label {label}, so the {what} set is empty; label some")
-    return sides[True], sides[False]
+    forget, retain = sides[True], sides[False]
+    print(f"{len(forget):,} forget and {len(retain):,} retain texts from {source}, txt_chunk", flush=True)
+    return forget, retain
 
 
 def bos(tokenizer):
@@ -508,21 +591,27 @@ def rounded(x, dtype, seed):
     return torch.where(x.isnan(), x, found).to(dtype)  # a NaN of all ones would wrap around to -0.0
 
 
-def adamw_rule(p, g, m, v, step_size, correction, betas, eps, seeds):
-    """AdamW of flat tensors, in the dtype of step_size, lr / (1 - β1^t), and correction, 1 - β2^t."""
+def adamw_rule(p, g, m, v, step_size, correction, keep, betas, eps, seeds):
+    """AdamW of flat tensors, in the dtype of three numbers: step_size, lr / (1 - β1^t); correction, 1 - β2^t;
+    keep, 1 - lr · decay."""
     aligned(p)
-    g = g.to(step_size.dtype)
+    g = g.to(keep.dtype)
     m_new = m.to(g.dtype).lerp_(g, 1 - betas[0])
     v_new = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    p_new = p.to(g.dtype).addcdiv_(m_new, (v_new / correction).sqrt_().add_(eps).div_(step_size), value=-1)
+    scale = (v_new / correction).sqrt_().add_(eps).div_(step_size)
+    p_new = p.to(g.dtype).mul_(keep).addcdiv_(m_new, scale, value=-1)
     for old, new, seed in zip((p, m, v), (p_new, m_new, v_new), seeds):
         old.copy_(rounded(new, old.dtype, seed))
 
 
-def sgd_rule(p, g, lr, seed):
-    """p ← p - lr g of flat tensors, in place."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    p.copy_(rounded(p.to(wide).add_(g.to(wide), alpha=-lr), p.dtype, seed))
+def sgd_rule(p, g, m, lr, keep, momentum, seeds):
+    """m ← momentum m + g and p ← keep p - lr m of flat tensors, in place; m None: g itself."""
+    aligned(p)
+    g = g.to(keep.dtype)
+    m_new = g if m is None else m.to(g.dtype).mul_(momentum).add_(g)
+    p_new = p.to(g.dtype).mul_(keep).sub_(lr * m_new)
+    for old, new, seed in zip((p, m), (p_new, m_new), seeds):
+        old.copy_(rounded(new, old.dtype, seed)) if old is not None else None
 
 
 def aligned(x):
@@ -553,6 +642,10 @@ class Optimizer:
 
     def __init__(self, params):
         self.params, self.moments, self.wait_for = list(params), (), ()
+
+    def numbers(self, p, *values):
+        """Numbers as tensors in the dtype of the update: a float would be compiled in."""
+        return [torch.tensor(x, dtype=torch.promote_types(p.dtype, torch.float32)) for x in values]
 
     @torch.no_grad()
     def apply(self, j, t, lr, *key):
@@ -589,26 +682,32 @@ class Optimizer:
 
 
 class AdamW(Optimizer):
-    """AdamW without weight decay (Loshchilov & Hutter, 2019)."""
+    """AdamW (Loshchilov & Hutter, 2019), by default without weight decay."""
 
-    def __init__(self, params, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, params, betas=(0.9, 0.999), eps=1e-8, decay=0.0):
         super().__init__(params)
         self.moments = tuple([torch.zeros_like(p) for p in self.params] for _ in "mv")
-        self.betas, self.eps = betas, eps
+        self.betas, self.eps, self.decay = betas, eps, decay
 
     def update(self, t, lr, key, p, g, m, v):
         rule = compiled(adamw_rule) if p.is_cuda else adamw_rule
-        wide = torch.promote_types(p.dtype, torch.float32)
-        sizes = lr / (1 - self.betas[0] ** t), 1 - self.betas[1] ** t
-        sizes = (torch.tensor(x, dtype=wide) for x in sizes)  # a float would be compiled in
-        rule(p, g, m, v, *sizes, self.betas, self.eps, [seed_of(*key, name) >> 33 for name in "pmv"])
+        sizes = lr / (1 - self.betas[0] ** t), 1 - self.betas[1] ** t, 1 - lr * self.decay
+        seeds = [seed_of(*key, name) >> 33 for name in "pmv"]
+        rule(p, g, m, v, *self.numbers(p, *sizes), self.betas, self.eps, seeds)
 
 
 class SGD(Optimizer):
-    """Plain gradient descent, without momentum."""
+    """Gradient descent, by default without momentum; weight decay is decoupled, as AdamW's."""
 
-    def update(self, t, lr, key, p, g):
-        (compiled(sgd_rule) if p.is_cuda else sgd_rule)(p, g, lr, seed_of(*key) >> 33)
+    def __init__(self, params, momentum=0.0, decay=0.0):
+        super().__init__(params)
+        self.moments = ([torch.zeros_like(p) for p in self.params],) if momentum else ()
+        self.momentum, self.decay = momentum, decay
+
+    def update(self, t, lr, key, p, g, m=None):
+        rule = compiled(sgd_rule) if p.is_cuda else sgd_rule
+        seeds = [seed_of(*key, name) >> 33 for name in "pm"]
+        rule(p, g, m, *self.numbers(p, lr, 1 - lr * self.decay), self.momentum, seeds)
 
 
 @contextmanager

@@ -59,6 +59,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
+    add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
+    add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/mlac_ar", help="checkpoint directory to write")
     add("--lr", type=float, default=2e-5, help="η, learning rate of both loops (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
@@ -80,6 +82,8 @@ def parse_args(argv=None):
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if args.alpha < 0 or not 0 < args.lr < 1:
         parser.error("--alpha starts at 0; 0 < --lr < 1")
+    if bool(args.forget) != bool(args.retain):
+        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.N, args.K = 1, min(args.K, 2)  # more steps hold no more
     return args

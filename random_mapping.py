@@ -51,6 +51,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
+    add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
+    add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/random_mapping", help="checkpoint directory to write")
     add("--lr", type=float, default=1e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
     add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
@@ -67,6 +69,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.log_every) < 1 or args.tokens < 2 or not 0 < args.lr < 1:
         parser.error("--steps, --batch, --log-every start at 1, --tokens at 2; 0 < --lr < 1")
+    if bool(args.forget) != bool(args.retain):
+        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
     return args

@@ -48,6 +48,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
+    add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
+    add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/rmat", help="checkpoint directory to write")
     add("--rm-lr", type=float, default=1e-5, help="learning rate of Random Mapping, falling linearly to 0")
     add("--rm-steps", type=int, default=1000, help="steps of Random Mapping; 0 skips it (paper: not stated)")
@@ -71,6 +73,8 @@ def parse_args(argv=None):
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if min(args.alpha, args.rm_steps) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
         parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
+    if bool(args.forget) != bool(args.retain):
+        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
     return args

@@ -4,6 +4,7 @@ stream."""
 import copy
 import importlib.util
 import math
+from functools import partial
 import os
 import shutil
 import subprocess
@@ -69,7 +70,9 @@ def test_a_nan_gradient_leaves_a_nan_weight():
 
 @pytest.mark.parametrize("make, reference", [
     (AdamW, lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0)),
+    (partial(AdamW, decay=0.1), lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.1)),
     (SGD, lambda ps: torch.optim.SGD(ps, lr=1e-3)),
+    (partial(SGD, momentum=0.9), lambda ps: torch.optim.SGD(ps, lr=1e-3, momentum=0.9)),
 ])  # fmt: skip
 def test_the_optimizers_are_torchs(make, reference):
     p = torch.nn.Parameter(torch.randn(7, 5, dtype=torch.float64))

@@ -76,7 +76,8 @@ def main(length):
     start, found = (p, g, m, v.abs()), []
     for rule in (adamw_rule, torch.compile(adamw_rule, dynamic=True)):
         tensors = [x.clone() for x in start]
-        rule(*tensors, torch.tensor(1e-3), torch.tensor(0.1), (0.9, 0.999), 1e-8, [11, 22, 33])
+        numbers = torch.tensor(1e-3), torch.tensor(0.1), torch.tensor(1.0)
+        rule(*tensors, *numbers, (0.9, 0.999), 1e-8, [11, 22, 33])
         found.append(torch.cat([tensors[i] for i in (0, 2, 3)]))
     if INTERPRETED:
         a, b = (x.view(torch.int16).int() for x in found)
