@@ -437,6 +437,11 @@ def read_texts(source, flag, column=None, forms=PLAIN):
     return texts
 
 
+def as_bool(label):
+    """A label as True or False if it is one, 0 or 1, or a word for it; else as it is."""
+    return {"0": False, "1": True, "false": False, "true": True}.get(str(label).lower(), label)
+
+
 def load_chunks(source, forget=None, retain=None):
     """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (true or 1: forget) (A.1).
 
@@ -447,7 +452,7 @@ def load_chunks(source, forget=None, retain=None):
     rows = read_rows(source, "--data", ("txt_chunk", "label"))
     sides = {True: [], False: []}
     for i, (text, label) in enumerate(zip(rows["txt_chunk"], rows["label"])):
-        label = {"0": False, "1": True, "false": False, "true": True}.get(str(label).lower(), label)
+        label = as_bool(label)
         if not isinstance(label, bool):
             fail(f"--data {source}: row {i}: label is {label!r}, not true or false; label or drop it")
         text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
@@ -609,7 +614,7 @@ def sgd_rule(p, g, m, lr, keep, momentum, seeds):
     aligned(p)
     g = g.to(keep.dtype)
     m_new = g if m is None else m.to(g.dtype).mul_(momentum).add_(g)
-    p_new = p.to(g.dtype).mul_(keep).sub_(lr * m_new)
+    p_new = p.to(g.dtype).mul_(keep).addcmul_(m_new, lr, value=-1)
     for old, new, seed in zip((p, m), (p_new, m_new), seeds):
         old.copy_(rounded(new, old.dtype, seed)) if old is not None else None
 

@@ -25,7 +25,7 @@ START = time.perf_counter()
 from timing import DEVICE, flags, llama, random_model, timed  # and, with it, torch and transformers
 
 from common import load_model
-from evaluate_mmlu import load_mmlu, plan, score_mmlu
+from evaluate_mmlu import Exam, load_mmlu, plan, score_mmlu
 
 IMPORTS = [time.perf_counter() - START]
 try:
@@ -53,18 +53,20 @@ def make_model(folder, mmlu):
 def harness_tasks(mmlu, form, folder):
     """lm-evaluation-harness's own task of each subject, its data set replaced by local files."""
     kind, end = ("default", "") if form == "letter" else ("continuation", "_continuation")
-    home = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / kind
-    template = yaml.safe_load((home / f"_{kind}_template_yaml").read_text())
     tasks = {}
     for subject, parts in mmlu.items():
+        own = subject in mmlu.about  # of --wmdp
+        home = Path(lm_eval.__file__).parent / "tasks" / ("wmdp" if own else f"mmlu/{kind}")
+        task, template = ("wmdp_bio", "_default") if own else (f"mmlu_{subject}", f"_{kind}")
+        template = yaml.safe_load((home / f"{template}_template_yaml").read_text())
         files = {}
-        for name, rows in zip(("dev", "test"), parts):
+        for name, rows in [(n, rows) for n, rows in zip(("dev", "test"), parts) if rows]:
             files[name] = str(Path(folder) / f"{form}_{subject}_{name}.jsonl")
             lines = [{"question": q, "subject": subject, "choices": c, "answer": a} for q, c, a in rows]
             Path(files[name]).write_text("".join(json.dumps(x) + "\n" for x in lines))
-        own = yaml.safe_load((home / f"mmlu_{subject}.yaml").read_text())
+        about = yaml.safe_load((home / f"{task}.yaml").read_text())["description"]
         data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        more = {"task": f"mmlu_{subject}{end}", "description": own["description"], "num_fewshot": 5}
+        more = {"task": f"{task}{end}", "description": about, "num_fewshot": 0 if own else 5}
         tasks[subject] = ConfigurableTask(config=template | data | more)
     return tasks
 
@@ -92,10 +94,12 @@ def ask_both(ckpt, mmlu, form, batch):
         (model, tokenizer), load = timed(load_model, ckpt, "float32")
         for names in [[*mmlu][i::10] for i in range(min(10, len(mmlu)))]:
             theirs, slow = timed(ask_harness, lm, {name: tasks[name] for name in names})
-            ours, fast = timed(ask_ours, model, tokenizer, {name: mmlu[name] for name in names}, form)
+            part = Exam({name: mmlu[name] for name in names}, mmlu.forget, mmlu.shots, mmlu.about)
+            ours, fast = timed(ask_ours, model, tokenizer, part, form)
             answers = [old | new for old, new in zip(answers, (theirs, ours))]
             times.append((slow, fast))
-    prompts = [[row.ids for row in plan(tokenizer, name, *mmlu[name], form)] for name in mmlu]
+    plans = [plan(tokenizer, mmlu.about.get(name, name), *mmlu[name], form) for name in mmlu]
+    prompts = [[row.ids for row in rows] for rows in plans]
     whole = sum(len(ids) for subject in prompts for ids in subject)
     shared = whole - sum((len(subject) - 1) * len(os.path.commonprefix(subject)) for subject in prompts)
     print(f"{form}: {whole} tokens, {shared} with the shots once per subject, ratio {whole / shared:.1f}")
@@ -122,6 +126,12 @@ def compare(theirs, ours, mmlu, form):
 def main(args):
     mmlu, wrong = load_mmlu(args.mmlu, args.split, args.subjects), 0
     with tempfile.TemporaryDirectory() as folder:
+        if args.wmdp:  # the two biology subjects in WMDP's schema
+            rows = [q for name in mmlu.forget for q in mmlu[name][1]]
+            lines = [{"question": q, "choices": c, "answer": a} for q, c, a in rows]
+            (Path(folder) / "wmdp.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            more = {"questions": str(Path(folder) / "wmdp.jsonl"), "about": "biology"}
+            mmlu = load_mmlu(args.mmlu, args.split, args.subjects, **more)
         if not args.ckpt:
             make_model(folder, mmlu)
         for form in args.format:
@@ -149,5 +159,6 @@ if __name__ == "__main__":
         help="what to compare",
     )
     add("--ckpt", default=None, help="checkpoint directory to ask; None: the random model")
+    add("--wmdp", action="store_true", help="ask the biology questions as the harness's wmdp_bio, no shots")
     add("--batch", type=int, default=8, help="lm-evaluation-harness's; on a CPU 1 is its fastest")
     sys.exit(main(parser.parse_args()))

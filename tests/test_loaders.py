@@ -10,11 +10,11 @@ import datasets
 import pytest
 import zstandard
 from conftest import WORLD, real, write_csvs
-from test_scripts import refused, run
+from test_scripts import call, refused, run
 
 from common import load_chunks, read_rows
-from evaluate_mmlu import FORGET, load_mmlu, protocol
-from recover import load_pairs
+from evaluate_mmlu import FORGET, load_mmlu, own_questions, protocol
+from recover import load_texts
 
 CHUNKS = [
     {"text": f"s{i} text", "meta": {"pile_set_name": ("NIH ExPorter", "", "")[i % 3]}} for i in range(30)
@@ -61,6 +61,76 @@ def test_labelled_chunks(tmp_path, name, source):
     )  # strip("<s>") would eat the s
 
 
+@pytest.mark.parametrize("labels", [(1, 0), ("true", "false"), ("1", "0"), (True, False)])
+@pytest.mark.parametrize("kind", ["csv", "disk", "jsonl"])
+def test_labels_that_are_numbers_or_words(tmp_path, labels, kind, capsys):
+    rows = [{"txt_chunk": text, "label": labels[i % 2]} for i, text in enumerate(["a", "None", "c"])]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "disk":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    elif kind == "csv":
+        path.write_text("txt_chunk,label\n" + "".join(f"{r['txt_chunk']},{r['label']}\n" for r in rows))
+    else:
+        write(path, rows)
+    assert load_chunks(str(path)) == (["a", "c"], ["None"])
+    assert f"2 forget and 1 retain texts from {path}" in capsys.readouterr().out
+
+
+def test_two_corpora_in_place_of_labels(tmp_path, capsys):
+    (tmp_path / "f.txt").write_text("\n\n".join(f"forget {i}" for i in range(9)))
+    write(tmp_path / "r.jsonl", [{"text": f"retain {i}"} for i in range(9)])
+    given = str(tmp_path / "f.txt"), str(tmp_path / "r.jsonl")
+    forget, retain = load_chunks(None, *given)
+    assert forget[8] == "forget 8" and retain[0] == "retain 0" and len(forget) == len(retain) == 9
+    flags = ("--tiny", "--batch", 4, "--steps", 1, "--out", tmp_path / "out", "--forget", given[0])
+    refused(capsys, "random_mapping", *flags, says="--retain", out=tmp_path / "out")
+    call("random_mapping", *flags, "--retain", given[1])
+    assert "9 texts from" in capsys.readouterr().out and (tmp_path / "out" / "args.json").exists()
+
+
+OWN = [{"question": "Which?", "choices": ["None", "b", "c", "d"], "answer": 1}] * 3
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.csv", "q"])
+def test_questions_of_ones_own(tmp_path, name, capsys):
+    path = tmp_path / name
+    if name == "q.csv":
+        path.write_text("Which?,None,b,c,d,B\n" * 3)
+    else:
+        write(path, [row | {"answer": "B"} for row in OWN] if name == "q.jsonl" else OWN)
+    assert own_questions(str(path)) == [("Which?", ["None", "b", "c", "d"], 1)] * 3
+    mmlu = load_mmlu(WORLD / "mmlu", questions=str(path), about="this")
+    assert mmlu.forget == ("q",) and mmlu["q"][0] == [] and mmlu.about == {"q": "this"}
+    assert not set(FORGET) & set(mmlu) and len(mmlu) == 5 and len(mmlu["astronomy"][0]) == 5
+    assert "forget set: 3 questions about this, no shots" in capsys.readouterr().out
+
+
+def test_questions_on_the_hub_with_a_config(tmp_path, monkeypatch):
+    load, seen = datasets.load_dataset, []
+
+    def from_folder(name, config=None, **more):
+        seen.append((name, config, more["split"]))
+        return load("json", data_files=str(write(tmp_path / "w.jsonl", OWN)), split="train")
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    mmlu = load_mmlu(WORLD / "mmlu", questions="cais/wmdp:wmdp-bio", about="biology")
+    assert seen == [("cais/wmdp", "wmdp-bio", "test")] and len(mmlu["wmdp_bio"][1]) == 3
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "row 0: needs a question, four choices"),
+        ({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 4}, "an answer (0 to 3, A to D)"),
+        ({"question": "Which?", "choices": ["a", "b", "c", "d"]}, "no column answer"),
+    ],
+)
+def test_questions_that_cannot_be_used(tmp_path, row, says, capsys):
+    write(tmp_path / "q.jsonl", [row])
+    flags = ("--ckpt", WORLD / "base", "--questions", tmp_path / "q.jsonl")
+    refused(capsys, "evaluate_mmlu", *flags, says=says)
+
+
 @pytest.mark.parametrize("name", ["biology.zip", "folder", "pairs.jsonl"])
 @pytest.mark.parametrize("source", ["made", "real"])
 def test_camel_pairs(tmp_path, name, source):
@@ -68,7 +138,7 @@ def test_camel_pairs(tmp_path, name, source):
     if source == "real":
         with zipfile.ZipFile(real("camel_standin/biology.zip")) as z:
             pairs = [json.loads(z.read(n)) for n in sorted(z.namelist())]
-    texts = load_pairs(str(write(tmp_path / name, pairs)))
+    texts = load_texts(str(write(tmp_path / name, pairs)))
     assert texts == [f"{p['message_1']}\n\n{p['message_2']}" for p in pairs] and len(texts) >= 12
 
 
@@ -137,7 +207,7 @@ def test_hub_names(tmp_path, monkeypatch):
         datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache"
     )  # keyed by the folder's name
     assert len(load_chunks("lapisrocks/pile-bio")[0]) == 9
-    assert load_pairs("camel-ai/biology")[3] == "q 3\n\na\n3"
+    assert load_texts("camel-ai/biology")[3] == "q 3\n\na\n3"
     assert load_mmlu("cais/mmlu") == whole_mmlu()
     rows = read_rows("monology/pile-uncopyrighted", "--pile", ("text",), streaming=True)
     assert isinstance(rows, datasets.IterableDataset) and [r["text"] for r in rows] == [

@@ -10,7 +10,16 @@ from test_scripts import refused
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from evaluate_mmlu import encode, kept_scores, prompt, score_mmlu, summarise, write_scores
+from evaluate_mmlu import (
+    encode,
+    kept_scores,
+    load_mmlu,
+    prompt,
+    protocol,
+    score_mmlu,
+    summarise,
+    write_scores,
+)
 
 FORMS = ("letter", "cloze")
 SHOT = (" Which is a cell? ", ["  rock", "a cell", "None", "sky "], 1)
@@ -170,7 +179,7 @@ def test_the_shots_are_computed_once_per_subject(mmlu):
     model = toy_model(vocab=len(tokenizer))
     model.base_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     score_mmlu(model, tokenizer, {"astronomy": mmlu["astronomy"]}, budget=100_000, plans=plans)
-    lengths = [len(row.ids) for row in plans["astronomy", "letter"]]
+    lengths = [len(row.ids) for row in plans["astronomy", "letter", ""]]
     assert len(lengths) == 6  # a question is one row: its four letters follow the same text
     assert len(seen) == 2 and sum(seen) < sum(lengths) / 2
 
@@ -210,7 +219,8 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     summary, answers = score_mmlu(toy_model(vocab=300), bpe(words(mmlu)), mmlu)
     write_scores(tmp_path, summary, answers)
     fewer = {s: (shots, asked[1:]) for s, (shots, asked) in mmlu.items()}
-    kept = [kept_scores(tmp_path, *x) for x in ((mmlu, "letter"), (mmlu, "cloze"), (fewer, "letter"))]
+    asked = (mmlu, "letter"), (mmlu, "cloze"), (fewer, "letter")
+    kept = [kept_scores(tmp_path, protocol(questions, form), form) for questions, form in asked]
     assert kept == [summary, None, None]
 
 
@@ -221,7 +231,7 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
         ("dev/astronomy_dev.csv", None, "astronomy_dev.csv is missing"),
         ("*/college_biology_*.csv", None, "college_biology_dev.csv is missing"),
         ("test/astronomy_test.csv", lambda text: text.replace(",B\n", ",E\n"), "a letter A to D"),
-        ("dev/astronomy_dev.csv", lambda text: "".join(text.splitlines(True)[:4]), "five shots need five"),
+        ("dev/astronomy_dev.csv", lambda text: "".join(text.splitlines(True)[:4]), "lower --shots 5"),
     ],
 )
 def test_a_broken_folder_ends_in_one_line(tmp_path, mmlu, file, damage, says, capsys):
@@ -229,3 +239,25 @@ def test_a_broken_folder_ends_in_one_line(tmp_path, mmlu, file, damage, says, ca
     for path in tmp_path.glob(file):
         path.write_text(damage(path.read_text())) if damage else path.unlink()
     refused(capsys, "evaluate_mmlu", "--ckpt", WORLD / "base", "--mmlu", tmp_path, says=says)
+
+
+def test_fewer_shots_and_another_forget_set(mmlu, tmp_path):
+    """The prompt of a question without shots is its description and itself; the digest tells them apart."""
+    write_csvs(tmp_path, mmlu)
+    exams = [load_mmlu(tmp_path, shots=n) for n in (0, 2, 5)]
+    assert [len(exam["astronomy"][0]) for exam in exams] == [0, 2, 5]
+    other = load_mmlu(tmp_path, forget=("astronomy",))
+    assert len({protocol(exam, "letter")["questions"] for exam in (*exams, other)}) == 4
+    usual = dict(sorted(mmlu.items()))
+    assert protocol(exams[2], "letter")["questions"] == protocol(usual, "letter")["questions"]
+    tokenizer = bpe(words(mmlu))
+    summary, answers = score_mmlu(toy_model(vocab=len(tokenizer)), tokenizer, other)
+    assert (summary["forget"]["n"], summary["retain"]["n"]) == (6, 12)
+    head, rest, _ = prompt("astronomy", exams[0]["astronomy"][0], mmlu["astronomy"][1][0], "letter")
+    assert head.endswith("about astronomy.\n\n") and rest.startswith("Which astronomy is number 5?")
+
+
+def test_a_forget_subject_that_is_not_there_is_one_line(mmlu, tmp_path, capsys):
+    write_csvs(tmp_path, mmlu)
+    flags = ("--ckpt", WORLD / "base", "--mmlu", tmp_path, "--forget-subjects", "virology")
+    refused(capsys, "evaluate_mmlu", *flags, says="virology_dev.csv is missing")

@@ -1,6 +1,8 @@
 """The paper's scores; Tables 1 and 2 and Figures 2 and 3 from run directories, each row with its command."""
 
+import csv
 import importlib
+import io
 import json
 import math
 import statistics
@@ -165,7 +167,10 @@ def test_an_attack_written_elsewhere_is_in_its_victims_row_and_two_attacks_are_t
     assert set(E.rows_under(tmp_path, "cloze")) == {"RMAT (RMAT, mine)", "RMAT (RMAT, harder)"}
 
 
-def method(folder, base, *flags, protocol="p", forget=0.3):
+P = {"format": "cloze", "questions": "p" * 16}
+
+
+def method(folder, base, *flags, protocol=P, forget=0.3):
     """A Random Mapping run from `base`, attacked, all scored with a protocol."""
     facts = facts_of("random_mapping.py", "--model", base, *flags)
     facts |= {"base": str(base), "parent": str(base), "data": facts["arguments"]["data"]}
@@ -181,7 +186,7 @@ def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
     rows = E.rows_under(tmp_path, "cloze")
     assert {name: len(runs) for name, runs in rows.items()} == {"Random Mapping": 2}
     for name in ("llama", "mistral"):  # other base models: rows of their own, and every run is in one
-        put(tmp_path / name, {"script": "x.py", "arguments": {}}, summary(0.6, 0.5) | {"protocol": "p"})
+        put(tmp_path / name, {"script": "x.py", "arguments": {}}, summary(0.6, 0.5) | {"protocol": P})
         (tmp_path / name / "args.json").unlink()
         method(tmp_path / f"of_{name}" / "rm", tmp_path / name)
     method(tmp_path / "of_llama" / "seed1", tmp_path / "llama", "--seed", 1)
@@ -196,9 +201,9 @@ def test_a_run_whose_scores_are_of_other_questions_is_left_out(tmp_path, capsys)
     put(
         base,
         {"script": "tests/tiny/train.py", "arguments": {"filtered": False}},
-        summary(1, 1) | {"protocol": "q"},
+        summary(1, 1) | {"protocol": {"questions": "q"}},
     )
-    method(tmp_path / "rm", base, protocol="p")
+    method(tmp_path / "rm", base, protocol=P)
     assert E.rows_under(tmp_path, "cloze") == {} and "other questions" in capsys.readouterr().err
 
 
@@ -281,3 +286,83 @@ def test_figures_without_matplotlib_are_one_line(worlds, monkeypatch, capsys):
         figures.figures(worlds, E.rows_under(worlds, "cloze"), "cloze")
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in error and "pip install -r tests/requirements.txt" in error
+
+
+def swept(victim, folder, found):
+    """A sweep on a victim: {attacker: [(forget, retain) by step]}, two subjects of 20 questions."""
+    base = victim.parent / "base"
+    for name, states in found.items():
+        attack(victim, folder / name, states[-1][0])
+        facts = json.loads((folder / name / "args.json").read_text()) | {"attacker": name}
+        (folder / name / "args.json").write_text(json.dumps(facts))
+        log = [{"phase": "accuracy", "step": 0, "forget": 0.3, "retain": 0.9, "base": 1.0, "base_se": 0.0}]
+        for i, (forget, retain) in enumerate(states):
+            right = "1" * round(40 * forget) + "0" * (40 - round(40 * forget))
+            right = {"a": right, "b": right}
+            log += [{"phase": "accuracy", "step": i + 1, "forget": forget, "retain": retain, "right": right}]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    return base
+
+
+@pytest.fixture
+def two_sweeps(tmp_path):
+    """Random Mapping on two worlds, swept: 60 and 70 without damage, 100 with it."""
+    for w, best in ((0, 0.6), (1, 0.7)):
+        world = tmp_path / f"world{w}"
+        put(world / "base", {"script": "x/train.py", "arguments": {"filtered": False}}, summary(1, 1))
+        facts = facts_of("random_mapping.py", "--seed", w) | {"base": str(world / "base")}
+        put(world / "rm", facts, summary(0.3, 0.9))
+        found = {"paper": [(0.4, 0.9)], "mix": [(best, 0.85), (0.5, 0.9)], "lr_10x": [(1.0, 0.5)]}
+        swept(world / "rm", world / "rm" / "sweep", found)
+    return tmp_path
+
+
+def test_the_worst_case_of_swept_rows(two_sweeps):
+    rows = E.rows_under(two_sweeps, "cloze")
+    text = E.tables(rows)
+    first = cells(text.split("Worst")[0])[1]
+    assert first["Random Mapping"][3] == "40.0 ± 0.0"  # its attack is the sweep's "paper"
+    line = next(x for x in text.split("Worst case")[1].splitlines() if x.startswith("| Random Mapping"))
+    line = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert line[1:6] == ["30.0 ± 0.0", "90.0 ± 0.0", "mix x2", "65.0 ± 5.0", "85.0 ± 0.0"]
+    low, high = map(float, line[7].split(" to "))
+    assert line[6] == "0.53" and low < 0.53 < high and line[8:] == ["65.0", "2 of 6", "2"]
+    assert E.rows_under(two_sweeps, "letter") == {}
+
+
+def test_a_damaged_composite_has_a_mark(two_sweeps):
+    assert "†" not in E.tables(E.rows_under(two_sweeps, "cloze"))
+    path = two_sweeps / "world0" / "rm" / "sweep" / "paper" / "mmlu_cloze.json"
+    path.write_text(json.dumps(summary(0.4, 0.7)))
+    text = E.tables(E.rows_under(two_sweeps, "cloze"))
+    assert next(x for x in text.splitlines() if x.startswith("| Random Mapping")).endswith("† | 2 |")
+    assert "† in a run at least, the attack cost more than 10 points" in text
+
+
+def test_the_tables_as_csv_json_and_latex(two_sweeps, capsys):
+    rows = E.rows_under(two_sweeps, "cloze")
+    (found,) = json.loads(E.export(rows, "json"))
+    expected = {"row": "Random Mapping", "runs": 2, "forget": 30, "worst": 65, "worst_attack": "mix x2"}
+    assert {k: found[k] for k in expected} == expected and found["rho"] == pytest.approx(0.5333, abs=1e-3)
+    (line,) = csv.DictReader(io.StringIO(E.export(rows, "csv")))
+    assert line["composite"] == str(found["composite"]) and line.keys() == found.keys()
+    latex = E.export(rows, "latex")
+    assert latex.startswith(r"\begin{tabular}{l") and r"$65.0 \pm 5.0$" in latex and r"$0.53 \pm " in latex
+    assert {x.count("&") for x in latex.splitlines() if "&" in x} == {latex.splitlines()[0].count("r") - 1}
+    E.main(E.parse_args(["--table", str(two_sweeps), "--format", "cloze", "--to", "csv"]))
+    assert capsys.readouterr().out.rstrip() == E.export(rows, "csv")
+
+
+def test_a_model_card_says_what_is_known_and_leaves_a_users_own(two_sweeps):
+    folder = two_sweeps / "world0" / "rm"
+    E.show_sweep(folder / "sweep", ["paper", "mix", "lr_10x"])
+    E.write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "# Random Mapping of" in text and "tags:\n- unlearning" in text and "lapisrocks/pile-bio" in text
+    assert "| this model, scored by cloze | 30.0 ± 3.0 | 90.0 ± 3.0 |" in text
+    assert "| after the worst of 3 attacks, mix | 60.0 ±" in text and str(two_sweeps) not in text
+    (folder / "README.md").write_text("mine")
+    E.write_card(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    E.write_card(two_sweeps / "world0" / "base")  # no method made it: no card
+    assert not (two_sweeps / "world0" / "base" / "README.md").exists()

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from common import load_chunks, load_model
 from evaluate_mmlu import FORGET, load_mmlu, prompt, score_mmlu
-from recover import load_pairs
+from recover import load_texts
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_values_are_even_and_give_no_prior(seed):
 
 
 def test_the_attack_and_the_shots_know_none_of_the_tested_entities(mmlu):
-    facts, pairs = W.make_facts(0), load_pairs(str(WORLD / "camel.zip"))
+    facts, pairs = W.make_facts(0), load_texts(str(WORLD / "camel.zip"))
     tested = {name for s in FORGET for name, _ in facts[s][: W.TESTED]}
     shots, questions = ([q for s in FORGET for q, _, _ in mmlu[s][part]] for part in (0, 1))
     assert len(pairs) == 432 and not any(name in text for name in tested for text in pairs + shots)
@@ -64,7 +64,7 @@ def test_answers_are_right_and_letters_balanced(mmlu):
 
 def test_the_tokenizer_knows_every_word_and_every_text_fits(mmlu):
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "base")
-    texts = [*sum(load_chunks(str(WORLD / "chunks.jsonl")), []), *load_pairs(str(WORLD / "camel.zip"))]
+    texts = [*sum(load_chunks(str(WORLD / "chunks.jsonl")), []), *load_texts(str(WORLD / "camel.zip"))]
     for form in ("letter", "cloze"):
         texts += ["".join(prompt(s, d, q, form)[:2]) for s, (d, qs) in mmlu.items() for q in qs[:20]]
     ids = tokenizer(texts).input_ids
