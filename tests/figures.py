@@ -136,8 +136,44 @@ def figure_3(Figure, parts, control, form):
     return figure
 
 
+def figure_worst(Figure, rows, form):
+    """Dots: what each attacker of the sweeps reached, forget against retain accuracy; a panel for each row.
+
+    The control's dots are in every panel, in grey; what is left of the line is damage, see worst_case.
+    """
+    control = [run for run in rows.get(CONTROL, []) if run.get("sweep")]
+    swept = {k: [run for run in v if run.get("sweep")] for k, v in rows.items() if k != CONTROL}
+    swept = {k: v for k, v in swept.items() if v}
+    figure = Figure(figsize=(6.9, 0.3 + 1.9 * math.ceil(len(swept) / 4)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(swept) / 4), 4, squeeze=False, sharex=True, sharey=True)
+
+    def dots(runs):
+        ends = [max(a["states"], key=lambda s: s["forget"]) for r in runs for a in r["sweep"].values()]
+        return [100 * s["retain"] for s in ends], [100 * s["forget"] for s in ends]
+
+    for axes, (name, runs) in zip(panels.flat, swept.items()):
+        axes.scatter(*dots(control), s=7, c="0.75", marker="o", lw=0, label="never taught")
+        axes.scatter(*dots(runs), s=9, c=AFTER, marker="^", lw=0, label="an attacker's best")
+        before = [
+            100 * statistics.mean(run["theta"][side]["acc"] for run in runs) for side in ("retain", "forget")
+        ]
+        axes.plot(*before, "s", ms=5, mfc="none", mec="black", label="before the attacks")
+        axes.axvline(before[0] - 10, color="black", lw=0.6, ls=":")
+        axes.axhline(25, color="black", lw=0.8, ls=(0, (4, 2)))
+        axes.set(title=name, xlim=(0, 104), ylim=(0, 104))
+    for axes in panels.flat[len(swept) :]:
+        axes.set_axis_off()
+    figure.supxlabel(f"retain accuracy, % ({form})")
+    figure.supylabel(f"forget accuracy, % ({form})")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+    )
+    return figure
+
+
 def figures(root, rows, form):
-    """Writes Figures 2 and 3 of the attacked rows into root/figures.
+    """Writes Figures 2 and 3 of the attacked rows, and one of the sweeps where there are any, into
+    root/figures.
 
     rows  of evaluate_mmlu.rows_under
     """
@@ -146,8 +182,14 @@ def figures(root, rows, form):
         from matplotlib.figure import Figure
     except ImportError:
         fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
+    swept = any(run.get("sweep") for runs in rows.values() for run in runs)
+    if swept:
+        matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat"})
+        save_figure(figure_worst(Figure, rows, form), Path(root) / "figures", "worst")
     rows = {name: runs for name, runs in rows.items() if runs[0]["attack"]}
     control, parts = rows.get(CONTROL, []), groups(rows)
+    if not parts and swept:
+        return
     if not parts:
         fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints")
     matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})

@@ -13,6 +13,8 @@
                 facts; on the methods of HARDER and the control also a longer and a harder attack
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
+    6  sweep    with --sweep, every attacker of recover.py on Table 1's rows, the base and the control: the
+                worst case (four minutes per checkpoint on one core)
 
 Every figure comes from the repository's own scripts, run as a user runs them. What is finished is not run
 again, so the command can be stopped and started at any time. Worlds other than 0, which is shipped, are
@@ -104,6 +106,7 @@ def parse_args(argv=None):
     add("--methods", nargs="+", default=rows, choices=rows, help="rows to measure")
     add("--jobs", type=int, default=1, help="scripts at a time, one thread each")
     add("--out", default="out/tables", help="of the runs; also OUT-grid (tuning), OUT-640, OUT-3e-3")
+    add("--sweep", action="store_true", help="also measure the worst case over many attackers")
     add("--report", action="store_true", help="print what is there, run nothing")
     return parser.parse_args(argv)
 # fmt: on
@@ -143,7 +146,7 @@ class Tables:
         for child, parent in (("rmat", "random_mapping"), *((v, "adv_probes") for v in VARIANTS)):
             if child in self.methods and parent not in self.methods:
                 self.methods.insert(0, parent)
-        self.grid = self.out.with_name(self.out.name + "-grid")
+        self.grid, self.sweeps = self.out.with_name(self.out.name + "-grid"), args.sweep
         self.pool = ThreadPoolExecutor(args.jobs)
 
     def each(self, work, *columns):
@@ -221,6 +224,10 @@ class Tables:
         self.recover(world / name, seed, attack, there)
         self.score([there] if attack else [world / name, there], world, "letter")
 
+    def sweep(self, seed, name):
+        """Every attacker on one checkpoint; those that are finished are not run again."""
+        run("recover.py", "--ckpt", self.out / f"world{seed}" / name, "--sweep")
+
     def fill(self):
         """All cells, in an order that has each one's parents first."""
         tuned = [m for m in TUNED if m in self.methods]
@@ -242,6 +249,8 @@ class Tables:
         rows = {a: ("filtered", *(m for m in HARDER if m in settings)) for a in ATTACKS}
         rows[""] = ("base", "filtered", *settings)
         self.each(self.attack, *[(s, name, a) for a in ATTACKS for name in rows[a] for s in self.worlds])
+        swept = ("base", "filtered", *(m for m in TUNED if m in settings and m != "adv_probes_swd"))
+        self.each(self.sweep, *[(s, name) for s in self.worlds for name in swept if self.sweeps])
 
     def accuracies(self, name, attack, form, side="forget"):
         """Percent, a number a world, of a row under an attack (None: before any); [] where one is missing."""
