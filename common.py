@@ -190,10 +190,15 @@ class Run:
             setattr(self, name, getattr(other, name))
 
     def streams(self, **sizes):
-        """Streams of args.data's chunks: streams(forget=8, retain=4) are two, of 8 and 4 texts per batch."""
+        """Streams of args.data's chunks, or of the texts in args.forget and args.retain: streams(forget=8,
+        retain=4) are two, of 8 and 4 texts per batch."""
+        own = {side: getattr(self.args, side, None) for side in ("forget", "retain")}
         if self.texts is None and not self.args.dry_run:
-            own = getattr(self.args, "forget", None), getattr(self.args, "retain", None)
-            self.texts = dict(zip(("forget", "retain"), load_chunks(self.args.data, *own)))
+            if own["retain"]:
+                named = [(side, x, f"--{side}") for side, x in own.items() if x]
+                self.texts = {side: texts_of(read_table(x, flag), x, flag) for side, x, flag in named}
+            else:
+                self.texts = dict(zip(own, load_chunks(self.args.data)))
         return [self.stream(self.texts and self.texts[purpose], n, purpose) for purpose, n in sizes.items()]
 
     def stream(self, texts, batch, purpose):
@@ -279,6 +284,8 @@ class Run:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         names = {"parent": self.name, "base": self.base, **facts}
+        if getattr(self.args, "forget", None):
+            names["data"] = None  # two corpora instead, named in arguments
         arguments = {k: self.portable(folder, v) if k in PATHS else v for k, v in vars(self.args).items()}
         device = torch.cuda.get_device_name() if self.place == "cuda" else platform.machine() + " cpu"
         facts = {
@@ -399,29 +406,33 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
     return rows
 
 
+def read_table(source, flag):
+    """[dict], the rows of a file, folder or hub dataset (see read_rows), of a zip of JSON objects, or, as
+    `text`, the paragraphs of a .txt file."""
+    path = Path(source)
+    if path.suffix == ".txt" and path.exists():
+        return [{"text": x} for x in path.read_text().split("\n\n") if x.strip()]
+    if path.suffix != ".zip" or not path.exists():
+        return [*read_rows(source, flag, ())]
+    try:
+        with zipfile.ZipFile(path) as z:
+            return [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
+    except (zipfile.BadZipFile, ValueError) as error:
+        fail(f"{flag} {source}: a broken zip or JSON ({error}); download it again")
+
+
 PLAIN = {"txt_chunk": lambda row: row["txt_chunk"], "text": lambda row: row["text"]}
 
 
-def read_texts(source, flag, column=None, forms=PLAIN):
-    """[str], the texts of a file, folder or hub dataset (see read_rows), of a zip of JSON objects, or the
-    paragraphs of a .txt file; prints what was understood.
+def texts_of(rows, source, flag, column=None, forms=PLAIN):
+    """[str], the texts of rows that read_table read; prints what was understood.
 
-    column  that is the text; None: the first column of `forms` that is there
-    forms   {column: row -> text, or None: not one of them}
+    source, flag  of the rows, for messages
+    column        that is the text; None: the first column of `forms` that is there
+    forms         {column: row -> text, or None: not one of them}
 
     A "<s>" or "</s>" spelled out at the ends is removed by removeprefix and removesuffix: strip eats letters.
     """
-    path = Path(source)
-    if path.suffix == ".zip" and path.exists():
-        try:
-            with zipfile.ZipFile(path) as z:
-                rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
-        except (zipfile.BadZipFile, ValueError) as error:
-            fail(f"{flag} {source}: a broken zip or JSON ({error}); download it again")
-    elif path.suffix == ".txt" and path.exists():
-        rows, column = [{"text": x} for x in path.read_text().split("\n\n") if x.strip()], "text"
-    else:
-        rows = [*read_rows(source, flag, (column,) if column else ())]
     have = rows[0].keys() if rows else ()
     kind = column or next((k for k in forms if k in have), None)
     if not kind or kind not in have:
@@ -442,13 +453,8 @@ def as_bool(label):
     return {"0": False, "1": True, "false": False, "true": True}.get(str(label).lower(), label)
 
 
-def load_chunks(source, forget=None, retain=None):
-    """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (true or 1: forget) (A.1).
-
-    forget, retain  two sources of texts (see read_texts) instead
-    """
-    if forget and retain:
-        return read_texts(forget, "--forget"), read_texts(retain, "--retain")
+def load_chunks(source):
+    """(forget, retain), lists of str, from rows `txt_chunk` (str), `label` (true or 1: forget) (A.1)."""
     rows = read_rows(source, "--data", ("txt_chunk", "label"))
     sides = {True: [], False: []}
     for i, (text, label) in enumerate(zip(rows["txt_chunk"], rows["label"])):

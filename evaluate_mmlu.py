@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--mmlu", default=None, help="hub name or folder of CSVs; None: cais/mmlu, or the miniature's own")
     add("--split", default="test", choices=("test", "validation"), help="of the questions; shots are dev's")
     add("--subjects", nargs="+", default=None, metavar="SUBJECT", help="score these subjects only; None: all")
-    add("--questions", default=None, help="your own forget questions: csv, json(l), OWNER/NAME:CONFIG")
+    add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
     add("--about", default=None, help="what the prompt says --questions are about; None: their name")
     add("--forget-subjects", nargs="+", default=None, metavar="S", help="of MMLU; None: the two of biology")
     add("--shots", type=int, default=5, help="examples before a question, 0 to 5")
@@ -111,6 +111,10 @@ def parse_args(argv=None):
         parser.error("--shots goes from 0 to 5")
     if args.out and len(args.ckpt) != 1:
         parser.error("--out goes with one --ckpt")
+    if args.table and (args.questions or args.about or args.forget_subjects or args.shots != 5):
+        parser.error("--questions, --about, --forget-subjects and --shots go with --ckpt")
+    if args.about and not args.questions:
+        parser.error("--about goes with --questions")
     if args.tokens is not None and args.tokens < 1:
         parser.error("--tokens starts at 1")
     return args
@@ -147,15 +151,20 @@ class Exam(dict):
     forget  the subjects of the forget set; the others are the retain set
     shots   at most, per question
     about   {subject: what the prompt says it is about, if not its name}
+    usual   whether the forget set and the shots are the paper's
     """
 
     def __init__(self, subjects=(), forget=FORGET, shots=5, about=()):
         super().__init__(subjects)
         self.forget, self.shots, self.about = tuple(forget), shots, dict(about)
 
-    def __repr__(self):  # what its digest is made of; of the paper's questions, the dict's
-        usual = (self.forget, self.shots, self.about) == (FORGET, 5, {})
-        return super().__repr__() if usual else repr((dict(self), self.forget, self.shots, self.about))
+        self.usual = (self.forget, self.shots, self.about) == (FORGET, 5, {})
+
+    def __repr__(self):  # what its digest is made of; of the paper's protocol, the dict's
+        return super().__repr__() if self.usual else repr((dict(self), self.forget, self.shots, self.about))
+
+    def part(self, subjects):
+        return Exam({name: self[name] for name in subjects}, self.forget, self.shots, self.about)
 
 
 def read_questions(path, flag="--mmlu"):
@@ -386,18 +395,25 @@ def scores_file(folder, form):
 
 
 def kept_scores(name, own, form):
-    """The summary kept for a model of a format, if its protocol is `own`, else None."""
+    """The file of the scores kept for a model in a format whose protocol is `own`, else None."""
     path = scores_file(scores_dir(name), form)
     digest = own["questions"][:8] if own else ""
-    found = (read_json(p) or {} for p in (path, path.with_name(f"{path.stem}.{digest}.json")))
-    return next((summary for summary in found if summary and summary.get("protocol") == own), None)
+    for file in (path, path.with_name(f"{path.stem}.{digest}.json")):
+        if (summary := read_json(file)) and summary.get("protocol") == own:
+            return file
+    return None
+
+
+def read_answers(file):
+    """The answers beside a file of scores, one object per question."""
+    return [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
 
 
 def write_scores(folder, summary, answers, part=False):
     """Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into a checkpoint directory.
 
-    Scores of a part of the questions, or of others than those of the file that is there, get a file of their
-    own, mmlu.DIGEST.json: they do not compare with what the tables read. Returns the json file.
+    Scores of a part of the questions, of others than the paper's (part), or of others than those of the file
+    that is there, get a file of their own, mmlu.DIGEST.json. Returns the json file.
     """
     own, path = summary["protocol"], scores_file(folder, summary["protocol"]["format"])
     if part or (read_json(path) or {}).get("protocol", own) != own:
@@ -448,6 +464,7 @@ PLACES = set(  # flags that do not make another row of the table
     "model ckpt base data recovery mmlu out name seed device log_every eval_every dry_run "
     "sweep only shard keep_weights".split()
 )
+CORPORA = ("forget", "retain", "questions")  # files and hub names of one's own
 
 
 def title(facts):
@@ -467,10 +484,12 @@ def title(facts):
 def settings(facts, folder):
     """What two runs must share to be one row: all but their seed and where they were written. Worlds of the
     miniature count as seeds."""
+    given = facts.get("arguments", {})
     what = ("base", "data", "mmlu") if facts.get("script") == "recover.py" else ("base", "data", "parent")
-    paths = {k: local_path(folder, facts[k]) for k in what if facts.get(k)}
+    named = {k: facts.get(k) or given.get(k) for k in (*what, *CORPORA)}
+    paths = {k: local_path(folder, v) for k, v in named.items() if v}
     paths = {k: Path(v).resolve() if Path(v).exists() else v for k, v in paths.items()}
-    shared = {k: v for k, v in facts.get("arguments", {}).items() if k not in PLACES} | paths
+    shared = {k: v for k, v in given.items() if k not in (*PLACES, *CORPORA)} | paths
     return re.sub(r"world\d+", "world", repr(sorted((k, str(v)) for k, v in shared.items())))
 
 
@@ -483,26 +502,37 @@ def rows_under(root, form):
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     facts = {folder: mine for folder, mine in facts.items() if "script" in mine}  # else another program's
-    attacks, sweeps, groups = {}, {}, {}  # an attack belongs to its victim's row, wherever it was written
+    attacks, sweeps, parts, groups = {}, {}, {}, {}  # an attack belongs to its victim's row, wherever written
     for attack in [folder for folder in facts if facts[folder]["script"] == "recover.py"]:
         victim = scores_dir(local_path(attack, facts[attack]["parent"])).resolve()
+        asked = (read_json(scores_file(attack, form)) or {}).get("protocol")
         if "attacker" not in facts[attack]:
-            attacks.setdefault(victim, []).append(attack)
-        elif (found := read_json(scores_file(attack, form))) and facts[attack]["arguments"]["format"] == form:
-            sweeps[victim, repr(found.get("protocol"))] = attack.parent
-        facts.setdefault(victim, read_json(victim / "args.json"))  # None: another program wrote it
-    for victim, _ in sweeps:
-        mine = [folder / "paper" for (v, _), folder in sweeps.items() if v == victim]
-        attacks.setdefault(victim, [folder for folder in mine if folder in facts])
+            attacks.setdefault(victim, []).append((attack, repr(asked)))
+        elif facts[attack]["arguments"]["format"] == form:
+            parts.setdefault((victim, attack.parent), []).append((attack, asked))
+        known = read_json(victim / "args.json") or {}
+        facts.setdefault(victim, known if "script" in known else None)  # None: another program wrote it
+    for (victim, _), part in parts.items():
+        asked = repr(
+            next((asked for _, asked in part if asked), None)
+        )  # an attack may be in the other format
+        sweeps.setdefault((victim, asked), []).extend(attack for attack, _ in part)
+    for (victim, asked), swept in sweeps.items():  # the sweep's first attacker is the paper's attack
+        first = next((attack for attack in swept if facts[attack]["attacker"] == "paper"), None)
+        if asked not in [other for _, other in attacks.get(victim, ())]:
+            attacks.setdefault(victim, []).append((first, asked))
     for folder, mine in sorted(facts.items()):
         if mine and mine["script"] == "recover.py":
             continue
-        for attack in [a for a in attacks.get(folder, ()) if scores_file(a, form).exists()] or [None]:
-            by = facts[attack] if attack else {"arguments": {}}
+        found = [x for x in attacks.get(folder, ()) if not x[0] or scores_file(x[0], form).exists()]
+        for attack, asked in found or [(None, None)]:
+            swept = sweeps.get((folder, asked), [])
+            known = attack or (swept[0] if swept else None)
+            by = facts[known] if known else {"arguments": {}}
             name, base = mine and title(mine), local_path(folder, (mine or {}).get("base"))
-            base = base or local_path(attack or folder, by.get("base")) or folder
+            base = base or local_path(known or folder, by.get("base")) or folder
             if not name and scores_dir(base).resolve() == folder:
-                name = "Base" if attack or any(victim == folder for victim, _ in sweeps) else None
+                name = "Base" if attack or swept else None
             elif not name:
                 name = by["arguments"].get("name") or folder.name
             recovered = read_json(scores_file(attack, form)) if attack else None
@@ -514,11 +544,10 @@ def rows_under(root, form):
                 what = "its base was not scored, or on other questions"
                 print(f"left out: {folder}: {what}", file=sys.stderr)
                 continue
-            run = {"folder": folder, "attack": attack, "base": init, "theta": theta, "recovered": recovered}
-            swept = sweeps.get((folder, repr(own)))
-            run["sweep"] = read_sweep(swept) if swept else {}
+            run = {"folder": folder, "attack": attack, "base": read_json(init), "theta": read_json(theta)}
+            run |= {"recovered": recovered, "sweep": read_sweep(swept)}
             run["worst"] = worst_case(run["sweep"]) if swept else None
-            key = name, settings(mine or {}, folder), settings(by, attack)
+            key = name, settings(mine or {}, folder), settings(by, known)
             groups.setdefault(key, []).append(run)
     order, titles, rows = [*ROWS], [key[0] for key in groups], {}
     for key in sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
@@ -561,15 +590,15 @@ def best_step(theta, summaries):
     return max(fit, key=fit.get, default=None)
 
 
-def read_sweep(folder):
-    """{attacker: {"retain", "base", "base_se", "states"}} of the attacks finished in a sweep: retain accuracy
-    before, forget accuracy of the base, and the accuracies logged along the way."""
+def read_sweep(folders):
+    """{attacker: {"retain", "base", "base_se", "states"}} of finished attacks of a sweep, by their folders:
+    retain accuracy before, forget accuracy of the base, and the accuracies logged, step 0 included."""
     attacks = {}
-    for path in sorted(Path(folder).glob("*/args.json")):
-        log = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-        before, *states = [entry for entry in log if entry["phase"] == "accuracy"]
-        known = {key: before[key] for key in ("retain", "base", "base_se")}
-        attacks[path.parent.name] = known | {"states": states}
+    for folder in sorted(folders):
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        states = [entry for entry in log if entry["phase"] == "accuracy"]
+        known = {key: states[0][key] for key in ("retain", "base", "base_se")}
+        attacks[folder.name] = known | {"states": [s for s in states if "right" in s]}
     return attacks
 
 
@@ -580,14 +609,15 @@ def worst_case(attacks, draws=1000):
     draws    of the bootstrap, see below
 
     A state counts if its retain accuracy is within LIMIT of the checkpoint's own; `damaged` lists attackers
-    without such a state, `beyond` is the highest forget accuracy of the states that do not count. `highest`
-    is the maximum over states: `attack` at `step`, with `retain_there`. The highest of many is high by chance
-    too, so `worst` is cross-fitted: the best state on one half of the questions (every second one of a
-    subject) is scored on the other half, and the other way round, and the two are averaged. In expectation
-    it does not exceed the best attacker's accuracy. rho: (worst - 25) / (base - 25), the share of what the
-    base knows that came back (of a base below 26: measured against 1 point). worst_se, rho_se and the 95 %
-    interval rho_low .. rho_high are from a bootstrap of the questions that chooses the states anew in each
-    draw; rho_draws are its values. None if no state counts.
+    whose steps all miss it, `beyond` is the highest forget accuracy of the states that do not count, or None.
+    `highest` is the maximum over states: `attack` at `step`, with `retain_there`. The highest of many is high
+    by chance too, so `worst` is cross-fitted: the best state on one half of the questions (every second one
+    of a subject) is scored on the other half, and the other way round, and the two are averaged. In
+    expectation it does not exceed the best attacker's accuracy; it is a point or two below where many
+    attackers are nearly as good. rho: (worst - 25) / (base - 25), the share of what the base knows that came
+    back (of a base below 26: measured against 1 point). worst_se, rho_se and the 95 % interval rho_low ..
+    rho_high are from a bootstrap of the questions that chooses the states anew in each draw; the base's error
+    is drawn independently, which overstates them. None if no state counts.
     """
     states = [(name, s, a["retain"] - LIMIT - 1e-9) for name, a in attacks.items() for s in a["states"]]
     fit = [(name, s) for name, s, least in states if s["retain"] >= least]
@@ -596,8 +626,8 @@ def worst_case(attacks, draws=1000):
 
     def right(half):
         """A (states, questions) array of each subject, of every second question."""
-        subjects = fit[0][1]["right"]
-        return [np.array([[int(c) for c in s["right"][name][half::2]] for _, s in fit]) for name in subjects]
+        subjects = [x for x, answers in fit[0][1]["right"].items() if len(answers) > 1]
+        return [np.array([[int(c) for c in s["right"][x][half::2]] for _, s in fit]) for x in subjects]
 
     def mean(half, drawn=lambda r: r):
         """(states,) accuracy, the mean over subjects."""
@@ -613,53 +643,55 @@ def worst_case(attacks, draws=1000):
     worst = cross_fitted(mean(first), mean(second))
     found = [cross_fitted(mean(first, resampled), mean(second, resampled)) for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
-    rho, *rho_draws = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
+    rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
+    low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
     name, top = max(fit, key=lambda x: x[1]["forget"])
+    lost = {}  # attacker: its highest forget accuracy in damage
+    for attacker, s, least in states:
+        if s["retain"] < least:
+            lost[attacker] = max(s["forget"], lost.get(attacker, 0))
     return {
-        "attack": name, "step": top["step"],
-        "highest": 100 * top["forget"], "retain_there": 100 * top["retain"],
-        "worst": 100 * worst, "worst_se": 100 * np.std(found), "rho": rho, "rho_se": np.std(rho_draws),
-        **interval([rho_draws]), "rho_draws": rho_draws, "attackers": len(attacks),
-        "damaged": sorted(attacks.keys() - {name for name, _ in fit}),
-        "beyond": 100 * max((s["forget"] for _, s, least in states if s["retain"] < least), default=0),
+        "attack": name, "step": top["step"], "highest": 100 * top["forget"],
+        "retain_there": 100 * top["retain"], "retain_there_se": 100 * top["retain_se"],
+        "worst": 100 * worst, "worst_se": 100 * np.std(found),
+        "rho": rho, "rho_se": np.std(rhos), "rho_low": low, "rho_high": high, "attackers": len(attacks),
+        "damaged": sorted(set(lost) - {name for name, s in fit if s["step"]}),
+        "beyond": 100 * max(lost.values()) if lost else None,
     }  # fmt: skip
 
 
-def interval(rho_draws):
-    """95 % interval of the mean ρ of several runs, from their bootstraps: runs are drawn, then questions."""
-    random, rho_draws = np.random.default_rng(0), np.array(rho_draws)  # (runs, draws)
-    n, draws = rho_draws.shape
-    chosen = rho_draws[random.integers(n, size=(n, draws)), random.integers(draws, size=(n, draws))]
-    low, high = np.percentile(chosen.mean(0), (2.5, 97.5)).tolist()
-    return {"rho_low": low, "rho_high": high}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees
 
 
 def show_sweep(folder, names):
     """The table of a sweep's finished attackers, in the order of `names`, and the worst case, which is also
     written to worst.json."""
-    attacks = read_sweep(folder)
+    attacks = read_sweep([path.parent for path in Path(folder).glob("*/args.json")])
     lines = [["attacker", "best forget", "at step", "retain there", "last forget", "last retain", ""]]
     for name in [name for name in names if name in attacks]:
         states, least = attacks[name]["states"], attacks[name]["retain"] - LIMIT - 1e-9
-        fit = [s for s in states if s["retain"] >= least]
+        fit = [s for s in states if s["retain"] >= least and s["step"]]
         best, last = max(fit, key=lambda s: s["forget"], default=None), states[-1]
         shown = [100 * best["forget"], best["step"], 100 * best["retain"]] if best else [math.nan] * 3
         shown += [100 * last[side] for side in SIDES]
         cells = [f"{x:.0f}" if i == 1 else f"{x:.1f}" for i, x in enumerate(shown)]
-        lines.append([name, *("-" if c == "nan" else c for c in cells), "" if last in fit else "DAMAGED"])
+        mark = "" if last["retain"] >= least else "DAMAGED"
+        lines.append([name, *("-" if c == "nan" else c for c in cells), mark])
     width = [max(map(len, column)) + 2 for column in zip(*lines)]
     text = ["".join(f"{cell:<{w}}" for cell, w in zip(line, width)).rstrip() for line in lines]
     if not (w := worst_case(attacks)):
-        return "\n".join([*text, "", "no attacker left the retain set unharmed: there is no worst case"])
-    write_json(Path(folder) / "worst.json", {k: v for k, v in w.items() if k != "rho_draws"})
+        return "\n".join(text)
+    write_json(Path(folder) / "worst.json", w)
     found = f"{w['worst']:.1f} ± {w['worst_se']:.1f} (cross-fitted; highest {w['highest']:.1f})"
     text += [
         f"\nworst case of {w['attackers']} attackers: {w['attack']} at step {w['step']}",
         f"    forget {found}, retain there {w['retain_there']:.1f}",
         f"    ρ {w['rho']:.2f}, 95 % {w['rho_low']:.2f} to {w['rho_high']:.2f} (0: chance, 1: the base)",
-        f"    not counted, as never without damage: {', '.join(w['damaged']) or 'none'}"
-        f"; highest forget accuracy in damage {w['beyond']:.1f}",
     ]
+    if w["damaged"]:
+        text.append(f"    not counted, as never without damage: {', '.join(w['damaged'])}")
+    if w["beyond"]:
+        text.append(f"    highest forget accuracy in damage: {w['beyond']:.1f}")
     return "\n".join(text)
 
 
@@ -699,27 +731,42 @@ def hurt(run):
 
 
 def worst_row(runs):
-    """The worst case of a row, mean and standard error over its runs that were swept: {column: value}, or {}.
-    Columns are worst_case's; `worst_attack` names the attackers, `damaged` counts those of all runs."""
-    found = [run["worst"] for run in runs if run["worst"]]
+    """The worst case of a row over its runs that were swept, {column: value}, or {}: worst_case's values of a
+    single run; of several the mean, its standard error and, of ρ, Student's 95 % interval. `damaged` and
+    `attacks` count all runs' attackers."""
+    found = [run["worst"] for run in runs if run.get("worst")]
     if not found:
         return {}
-    keys = ("worst", "rho", "highest", "retain_there", "beyond")
-    row = average([{k: w[k] for k in keys} | {f"{k}_se": w.get(f"{k}_se", 0.0) for k in keys} for w in found])
     names = Counter(w["attack"] for w in found).most_common()
-    row |= {"worst_attack": ", ".join(name + (f" x{n}" if n > 1 else "") for name, n in names)}
+    row = {"worst_attack": ", ".join(name + (f" x{n}" if n > 1 else "") for name, n in names)}
+    for key in ("worst", "retain_there", "rho"):
+        values, n = [w[key] for w in found], len(found)
+        row |= {key: statistics.mean(values), f"{key}_se": found[0][f"{key}_se"]}
+        if n > 1:
+            row[f"{key}_se"] = statistics.stdev(values) / math.sqrt(n)
+    reach = T95[min(len(found) - 1, len(T95)) - 1] * row["rho_se"]
+    ends = (
+        (row["rho"] - reach, row["rho"] + reach)
+        if len(found) > 1
+        else (found[0]["rho_low"], found[0]["rho_high"])
+    )
+    row |= {"rho_low": ends[0], "rho_high": ends[1], "highest": statistics.mean(w["highest"] for w in found)}
     row |= {"damaged": sum(len(w["damaged"]) for w in found), "attacks": sum(w["attackers"] for w in found)}
-    return row | interval([w["rho_draws"] for w in found]) | {"swept": len(found)}
+    return row | {"swept": len(found)}
 
 
 def worst_markdown(rows):
-    """The worst case of each row whose checkpoints were swept, as Markdown; "" where none was."""
+    """The worst case of each row whose checkpoints were swept, as Markdown; "" where none was. Rows of the
+    same checkpoints and questions under different attacks share it, so only the first is shown."""
     heads = ["", "Forget ↓", "Retain ↑", "worst attack", "Forget, worst ↓", "Retain there", "ρ ↓", "95 %"]
     heads += ["highest", "damaged", "runs"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines, shown = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"], []
     for name, runs in rows.items():
-        if not (row := worst_row(runs)):
+        row = worst_row(runs)
+        about = {(run.get("folder"), repr(run["theta"].get("protocol"))) for run in runs}
+        if not row or about in shown:
             continue
+        shown.append(about)
         row |= average([scored(run) for run in runs if run["worst"]])
         keys = (*SIDES, "worst", "retain_there")
         forget, retain, worst, there = (f"{row[k]:.1f} ± {row[k + '_se']:.1f}" for k in keys)
@@ -749,10 +796,10 @@ def tables(rows, paper=False):
     text.append("± is the standard error over the runs of a row; of a single run, that of its questions.")
     if any(hurt(run) for runs in rows.values() for run in runs):
         text[-1] += (
-            f"\n† in a run at least, the attack cost more than {100 * LIMIT:.0f} points of retain accuracy:"
+            f"\n† in at least one run, the attack cost more than {100 * LIMIT:.0f} points of retain accuracy:"
             "\na low forget accuracy after it may be damage instead of robustness."
         )
-    if worst := worst_markdown(rows):
+    if worst := worst_markdown(first | {name: runs for name, runs in second.items() if name != best}):
         text += [
             "Worst case",
             worst,
@@ -779,7 +826,7 @@ def write_card(folder):
         return Path(value).name if str(value).startswith(("/", "..")) else value  # of a local path the name
 
     given = facts["arguments"]
-    base, corpora = public(facts["base"]), [given[k] for k in ("forget", "retain") if given.get(k)]
+    base, corpora = public(facts["base"]), [given[k] for k in CORPORA if given.get(k)]
     data = " and ".join(map(public, corpora or [given["data"]]))
     lines = ["| accuracy, percent | forget | retain |", "|---|---|---|"]
     for form in ("letter", "cloze"):
@@ -791,9 +838,8 @@ def write_card(folder):
     if w := read_json(folder / "sweep" / "worst.json"):
         what = f"after the worst of {w['attackers']} attacks, {w['attack']}"
         lines.append(f"| {what} | {w['worst']:.1f} ± {w['worst_se']:.1f} | {w['retain_there']:.1f} |")
-    used = {k: v for k, v in given.items() if k not in PLACES and v not in (None, False)}
-    flags = (f"--{k.replace('_', '-')}" + ("" if v is True else f" {public(v)}") for k, v in used.items())
-    command = " ".join([facts["script"], *flags])
+    used = {k: public(v) for k, v in given.items() if k not in (*PLACES, *CORPORA) and v is not None}
+    command = f"{facts['script']}: {', '.join(f'{k} {v}' for k, v in used.items())}"
     parent = {"base_model": base} if base.count("/") == 1 else {}
     path.write_text(f"""---
 {ModelCardData(tags=["unlearning"], **parent).to_yaml()}
@@ -860,11 +906,12 @@ def main(args):
         start = time.time()
         summary, answers = score_mmlu(model, tokenizer, mmlu, args.format, args.tokens)
         pace = len(answers) / (time.time() - start)
-        part = args.split != "test" or args.subjects is not None
+        part = args.split != "test" or args.subjects is not None or not mmlu.usual
         path = write_scores(args.out or scores_dir(name), summary, answers, part)
         print(
             f"{name} | {args.format} | {show_scores(summary)} | {pace:.1f} questions/s | {path}", flush=True
         )
+        write_card(name)
 
 
 if __name__ == "__main__":

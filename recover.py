@@ -40,6 +40,7 @@ A checkpoint of the miniature is attacked with the miniature's settings, as with
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ SWEEP = {  # attackers: name and flags; 3x is three times the default, which is 
     "sgd_mix": "--optimizer sgd --lr 0.1 --retain-mix 0.5 --steps 3x",
     "lora_4": "--lora 4 --lr 3x",
     "lora_32": "--lora 32 --lr 3x",
+    "lora_16": "--lora 16 --lr 10x",
     "answers": "--column message_2",
     "mix": "--retain-mix 0.5 --steps 3x",
     "mix_3x": "--retain-mix 0.5 --steps 3x --lr 3x",
@@ -79,12 +81,20 @@ SWEEP = {  # attackers: name and flags; 3x is three times the default, which is 
     "other_format": "--probe other_format",
 }
 PROBES = ("8_bit", "4_bit", "prune_30", "many_shot", "other_format")  # attacks without training
-MULTIPLES = ("lr", "steps", "batch", "tokens", "eval_every")
 
 
-def times(text):
-    """A number, or "3x": three times the flag's default."""
-    return text if text.endswith("x") and float(text[:-1]) > 0 else float(text)
+class Multiple(argparse.Action):
+    """A number, or "3x": three times what the flag was before, its default or what an earlier one says."""
+
+    def __call__(self, parser, args, value, option=None):
+        kind = type(self.default)
+        try:
+            if value.endswith("x"):
+                value = getattr(args, self.dest) * float(value[:-1])
+                value = max(round(value), 1) if kind is int else value
+            setattr(args, self.dest, kind(value))
+        except ValueError:
+            parser.error(f"{option} {value}: needs a number, or a multiple such as 3x")
 
 
 def parse_args(argv=None):
@@ -97,27 +107,28 @@ def parse_args(argv=None):
     add("--recovery", default="camel-ai/biology", help="texts to train on: hub name, zip, jsonl, csv, txt")
     add("--column", default=None, help="train on this column as plain text; None: pairs, messages, or text")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks; --retain-mix takes retain text")
+    add("--retain", default=None, help="texts to mix in instead: jsonl, csv, parquet, txt, hub name")
     add("--retain-mix", type=float, default=0.0, help="share of retain text in a batch; 1: a benign attack")
     add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs")
-    add("--questions", default=None, help="your own forget questions: csv, json(l), OWNER/NAME:CONFIG")
+    add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
     add("--about", default=None, help="what the prompt says --questions are about; None: their name")
     add("--forget-subjects", nargs="+", default=None, metavar="S", help="of MMLU; None: the two of biology")
     add("--shots", type=int, default=5, help="examples before a question, 0 to 5")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
     add("--out", default=None, help="directory to write; None: CKPT/recovered (hub name: under out/)")
-    add("--name", default=None, help="row of a foreign checkpoint in the table; None: its directory's name")
-    add("--lr", type=times, default=2e-5, help="learning rate (paper: not stated)")
+    add("--name", default=None, help="in the table, of a checkpoint not made here; None: its directory's")
+    add("--lr", action=Multiple, default=2e-5, help="learning rate (paper: not stated); 3x: thrice that")
     add("--schedule", default="constant", choices=("constant", "cosine"), help="cosine: after warm-up")
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="sgd: with momentum 0.9")
     add("--weight-decay", type=float, default=0.0, help="decoupled")
-    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: any")
+    add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
     add("--lora", type=int, default=0, help="rank of adapters on the layers' matrices; 0: train all weights")
     add("--probe", default=None, choices=PROBES, help="no training: rounded or pruned weights, other prompts")
-    add("--steps", type=times, default=1000, help="optimizer steps (Figure 3)")
-    add("--batch", type=times, default=64, help="texts per batch; a step uses one (paper: not stated)")
-    add("--tokens", type=times, default=256, help="tokens per text, BOS included (paper: not stated)")
-    add("--eval-every", type=times, default=250, help="steps between MMLU scorings")
-    add("--sweep", action="store_true", help="run every attacker of SWEEP, see above, into CKPT/sweep/NAME")
+    add("--steps", action=Multiple, default=1000, help="optimizer steps (Figure 3)")
+    add("--batch", action=Multiple, default=64, help="texts per batch; a step uses one (paper: not stated)")
+    add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
+    add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
+    add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
     add("--only", nargs="+", default=None, choices=[*SWEEP], metavar="NAME", help="of the sweep, these")
     add("--shard", default="1/1", help="of the sweep, part i of n: 1/2 and 2/2 run side by side")
     add("--keep-weights", action="store_true", help="of the sweep; otherwise only the scores are kept")
@@ -137,23 +148,26 @@ def parse_args(argv=None):
             world = (path.parent / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
             files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
             parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
-        for key in [k for k in ("base", "data") if known.get(k)]:
-            there = path.parent / known[key]  # its paths are relative to it
-            parser.set_defaults(**{key: str(there) if there.exists() else known[key]})
+        known |= {"retain": known.get("arguments", {}).get("retain")}
+        for key in [k for k in ("base", "data", "retain") if known.get(k)]:
+            there = os.path.normpath(path.parent / known[key])  # its paths are relative to it
+            parser.set_defaults(**{key: there if os.path.exists(there) else known[key]})
     args = parser.parse_args(argv)
-    for name in MULTIPLES:
-        value, usual = getattr(args, name), parser.get_default(name)
-        value = usual * float(value[:-1]) if isinstance(value, str) else value
-        setattr(args, name, value if name == "lr" else max(round(value), 1))
-    there = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
-    args.out = args.out or str(there / ("sweep" if args.sweep else "recovered"))
+    folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
+    args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
     args.base = args.base or args.ckpt
     if not Path(args.ckpt).is_dir() and Path(args.ckpt).parts[0] in ("out", "..", "/"):
         parser.error(f"--ckpt {args.ckpt}: no such directory; run the script that writes it first")
-    if args.log_every < 1 or args.tokens < 2 or args.lora < 0 or not 0 <= args.shots <= 5:
-        parser.error("--log-every starts at 1, --tokens at 2, --lora at 0; --shots goes from 0 to 5")
-    if args.lr <= 0 or min(args.weight_decay, args.clip) < 0 or not 0 <= args.retain_mix <= 1:
-        parser.error("0 < --lr; --weight-decay and --clip start at 0; 0 <= --retain-mix <= 1")
+    if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lora < 0:
+        parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2, --lora at 0")
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.clip < math.inf):
+        parser.error("0 < --lr; --weight-decay and --clip start at 0")
+    if not (0 <= args.retain_mix <= 1 and 0 <= args.shots <= 5):
+        parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5")
+    if (args.only or args.keep_weights or args.shard != "1/1") and not args.sweep:
+        parser.error("--only, --shard and --keep-weights go with --sweep")
+    if args.about and not args.questions:
+        parser.error("--about goes with --questions")
     if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     part, _, parts = args.shard.partition("/")
@@ -173,11 +187,12 @@ import torch.nn.functional as F
 
 from common import (
     PLAIN, SGD, AdamW, HostCopy, Run, as_bool, check_finite, decoder_layers, fail, generator, load_model,
-    local_path, next_token_loss, read_texts, write_json,
+    local_path, next_token_loss, read_table, texts_of, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, LIMIT, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, protocol,
-    right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_card, write_scores,
+    FORGET, LIMIT, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan, protocol,
+    read_answers, read_json, right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_card,
+    write_scores,
 )  # fmt: skip
 
 
@@ -285,12 +300,9 @@ FORMS = {  # of the texts to train on: a column that tells the form, and how a r
 }
 
 
-def load_texts(source, column=None):
-    """The texts to train on, [str]: pairs, chats, instructions or plain text; see FORMS and read_texts.
-
-    source  camel-ai/biology on the hub (a flat zip of one-object JSON files), or what read_texts takes
-    column  to be read as plain text instead
-    """
+def load_rows(source):
+    """Rows to make texts of, [dict]: camel-ai/biology on the hub (a flat zip of one-object JSON files), or
+    what read_table takes."""
     if source == "camel-ai/biology" and not Path(source).exists():
         try:
             from huggingface_hub import hf_hub_download
@@ -298,33 +310,34 @@ def load_texts(source, column=None):
             source = hf_hub_download(source, "biology.zip", repo_type="dataset")
         except Exception as error:
             fail(f"--recovery {source}: cannot be downloaded ({error!r:.200}); give a local file")
-    return read_texts(source, "--recovery", column, FORMS)
+    return read_table(source, "--recovery")
 
 
 def many_shots(texts, tokenizer, plans, context, most=2048):
-    """As many of the texts as fit before every prompt in `plans`: up to `most` tokens, or what `context`,
-    the model's, leaves."""
-    longest = max(len(row.ids) + len(row.targets) for rows in plans.values() for row in rows)
-    preface = ""
+    """As many of the texts, joined, as fit before each prompt in `plans`: up to `most` tokens, or what
+    `context`, the model's, leaves. And their number."""
+    longest = max(len(row.ids) + len(row.targets) for rows in plans for row in rows)
+    preface, n = "", 0
     for text in texts:
         longer = preface + text + "\n\n"
         if len(tokenizer(longer).input_ids) > min(most, context - longest):
             break
-        preface = longer
-    return preface
+        preface, n = longer, n + 1
+    return preface, n
 
 
 def score_untouched(name, mmlu, form, load):
-    """MMLU summary of a model that this run does not change; kept in its directory, so that it is measured
-    once.
+    """Summary and answers on MMLU of a model that this run does not change; kept in its directory, so that
+    they are measured once.
 
     load  () -> (model, tokenizer), called if it has not been measured
     """
-    summary = kept_scores(name, protocol(mmlu, form), form)
-    if summary is None:
-        summary, answers = score_mmlu(*load(), mmlu, form)
-        write_scores(scores_dir(name), summary, answers)
-    return summary
+    kept = kept_scores(name, protocol(mmlu, form), form)
+    if kept and kept.with_suffix(".jsonl").exists():
+        return read_json(kept), read_answers(kept)
+    found = score_mmlu(*load(), mmlu, form)
+    write_scores(scores_dir(name), *found, part=not mmlu.usual)
+    return found
 
 
 def show_row(name, row):
@@ -338,40 +351,52 @@ def show_row(name, row):
 
 
 class Victim:
-    """The checkpoint under attack and its exam, loaded once for all attackers; `reset` undoes an attack.
+    """The checkpoint under attack, loaded once for all attackers, with what they train on and are scored on.
 
-    plans    the tokenised questions, see score_mmlu
-    weights  of a sweep: θ in host memory
+    exam     the questions, see load_mmlu; plans: their prompts, tokenised, see score_mmlu
+    weights  of a sweep: θ in host memory; `reset` undoes an attack
     """
 
     def __init__(self, args, run):
         self.args, self.run, self.model = args, run, run.load(args.ckpt, flag="--ckpt")
-        self.tokenizer, self.plans, self.weights, self.exam = run.tokenizer, {}, None, None
+        self.tokenizer, self.plans, self.weights, self.exam, self.rows = run.tokenizer, {}, None, None, None
         if args.base == args.ckpt:
             print(f"{args.ckpt} is taken as an untouched base; an unlearned model needs --base, its parent")
         if not args.dry_run:
             own = dict(shots=args.shots, questions=args.questions, about=args.about)
             self.exam = load_mmlu(args.mmlu, forget=args.forget_subjects or FORGET, **own)
 
-    def score(self, form, preface=""):
+    def texts(self, column):
+        """Texts of --recovery to train on, read once."""
+        if self.rows is None and not self.args.dry_run:
+            self.rows = load_rows(self.args.recovery)
+        return self.rows and texts_of(self.rows, self.args.recovery, "--recovery", column, FORMS)
+
+    def score(self, form, preface="", exam=None):
         """(summary, answers) of the weights as they are now."""
-        return score_mmlu(self.model, self.tokenizer, self.exam, form, plans=self.plans, preface=preface)
+        exam = self.exam if exam is None else exam
+        return score_mmlu(self.model, self.tokenizer, exam, form, plans=self.plans, preface=preface)
 
     def before(self, form):
-        """(init, theta): summaries of the base and of the checkpoint before an attack."""
+        """(summary, answers) of the base and of the checkpoint before an attack."""
         args, loaded = self.args, (self.model, self.tokenizer)
+        theta = score_untouched(args.ckpt, self.exam, form, lambda: loaded)
+        if args.base == args.ckpt:
+            return theta, theta
         load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
-        init = score_untouched(args.base, self.exam, form, load_base)
-        return init, score_untouched(args.ckpt, self.exam, form, lambda: loaded)
+        return score_untouched(args.base, self.exam, form, load_base), theta
 
     def keep(self):
-        """Copies θ to host memory."""
+        """Copies θ to host memory, once."""
         if not self.weights:
             self.weights = HostCopy([*self.model.parameters()])
             self.weights.save()
             self.wait()
 
     def reset(self):
+        """Brings θ back; a gradient that an attack left would be added to the next one's."""
+        for p in self.model.parameters():
+            p.grad = None
         self.weights.load()
         self.wait()
 
@@ -380,21 +405,38 @@ class Victim:
             self.weights.wait(j)
 
 
+def probe(args, victim, form, theta):
+    """An attack without training: (summary, answers) of rounded or pruned weights, or of other prompts."""
+    if args.probe in ("8_bit", "4_bit"):
+        round_weights(victim.model, int(args.probe[0]))
+    elif args.probe == "prune_30":
+        prune(victim.model, 0.3)
+    elif args.probe == "many_shot":  # before questions about F only, so what R loses is not counted
+        asked = victim.exam.part(victim.exam.forget)
+        plans = [plan(victim.tokenizer, asked.about.get(name, name), *asked[name], form) for name in asked]
+        context = getattr(victim.model.config.get_text_config(), "max_position_embeddings", 2048)
+        preface, n = many_shots(victim.texts(args.column), victim.tokenizer, plans, context)
+        print(f"{n} texts before each prompt" + ("" if n else ": none fits, so this attacker does nothing"))
+        summary, answers = victim.score(form, preface, asked)
+        return summary | {"retain": theta["retain"]}, answers
+    return victim.score(form)
+
+
 def attack(args, run, victim):
     """One attacker on the victim, whose weights it leaves changed; writes args.out, returns Table 1's row."""
-    n_retain, form, states = round(args.batch * args.retain_mix), args.format, {}
-    pairs = retain = texts = None
-    if not args.dry_run and args.retain_mix < 1:
-        texts = load_texts(args.recovery, args.column)
-    if not args.probe:
-        pairs = run.stream(texts, args.batch - n_retain, "recovery") if n_retain < args.batch else None
-        retain = run.streams(retain=n_retain)[0] if n_retain else None
-    elif args.probe == "other_format":
+    n_retain, form, states, stopped = round(args.batch * args.retain_mix), args.format, {}, None
+    pairs = retain = None
+    if args.probe == "other_format":
         form = {"letter": "cloze", "cloze": "letter"}[form]
+    elif not args.probe:
+        if n_retain < args.batch:
+            pairs = run.stream(victim.texts(args.column), args.batch - n_retain, "recovery")
+        if n_retain:
+            (retain,) = run.streams(retain=n_retain)
 
-    def show(label, i, summary, answers):
-        states[i] = summary, answers
-        run.write(phase="accuracy", step=i, **accuracies(summary), right=right_answers(answers, victim.exam))
+    def show(label, i, summary, answers, **more):
+        states[i], right = (summary, answers), right_answers(answers, victim.exam)
+        run.write(phase="accuracy", step=i, **accuracies(summary), right=right, **more)
         print(f"{label} | {show_scores(summary)}", flush=True)
 
     def log(i, steps, loss):
@@ -402,26 +444,17 @@ def attack(args, run, victim):
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
             show(f"step {i}/{steps}", i, *victim.score(form))
 
-    with run.training(tokens=0 if args.probe else args.batch * args.tokens):
+    keeps = args.keep_weights or not args.sweep
+    with run.training(tokens=0 if args.probe else args.batch * args.tokens, checkpoints=int(keeps)):
         if args.sweep:
             victim.keep()
         if not args.dry_run:
-            init, theta = victim.before(args.format)
-            print(f"base   | {show_scores(init)}\nbefore | {show_scores(theta)}", flush=True)
-            base = {"base": init["forget"]["acc"], "base_se": init["forget"]["se"]}
-            run.write(phase="accuracy", step=0, **accuracies(theta), **base)
-        if args.probe:
-            preface = ""
-            if args.probe.endswith("bit"):
-                round_weights(victim.model, int(args.probe[0]))
-            elif args.probe == "prune_30":
-                prune(victim.model, 0.3)
-            elif args.probe == "many_shot":
-                victim.score(form)  # tokenises the prompts
-                context = getattr(victim.model.config.get_text_config(), "max_position_embeddings", 2048)
-                preface = many_shots(texts, victim.tokenizer, victim.plans, context)
-            show(args.probe, 1, *victim.score(form, preface))
-        else:
+            (init, _), theta = victim.before(form)
+            print(f"base   | {show_scores(init)}")
+            show("before", 0, *theta, base=init["forget"]["acc"], base_se=init["forget"]["se"])
+            if args.probe:
+                show(args.probe, 1, *probe(args, victim, form, theta[0]))
+        if not args.probe:
             with adapters(victim.model, args.lora, args.seed):
                 try:
                     finetune(
@@ -432,13 +465,14 @@ def attack(args, run, victim):
                 except FloatingPointError as error:
                     if not args.sweep:
                         raise
-                    print(f"{error}: this attacker stops here")
-                    show("before that step", args.steps, *victim.score(form))
+                    stopped = str(error)
+                    print(f"{stopped}: this attacker ends here")
 
-    last, best = max(states), best_step(theta, {i: summary for i, (summary, _) in states.items()})
+    summaries = {i: summary for i, (summary, _) in states.items()}
+    last, best = max(states), best_step(theta[0], summaries)
     write_scores(args.out, *states[last])
-    row = paper_scores(init, theta, states[last][0]) | {"damaged": damaged(theta, states[last][0])}
-    row |= {"best_step": best, "best_forget": 100 * states[best][0]["forget"]["acc"] if best else None}
+    row = paper_scores(init, theta[0], summaries[last]) | {"damaged": damaged(theta[0], summaries[last])}
+    row |= {"best_step": best, "best_forget": 100 * summaries[best]["forget"]["acc"], "stopped": stopped}
     write_json(Path(args.out) / "scores.json", row)
     return row
 
@@ -458,34 +492,42 @@ def differs(folder, args):
 def sweep(args, argv):
     """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case."""
     part, parts = map(int, args.shard.split("/"))
-    names = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
-    flags = {name: ["--out", str(Path(args.out) / name)] for name in names}
-    attackers = {name: parse_args([*argv, *SWEEP[name].split(), *flags[name]]) for name in names}
-    finished = [name for name in names if (Path(args.out) / name / "args.json").exists()]
-    for name in finished:
-        if others := differs(Path(args.out) / name, attackers[name]):
-            fail(f"{args.out}/{name} was run with another --{others[0].replace('_', '-')}; choose an --out")
-    print(f"{len(names)} attackers, {len(finished)} of them finished before", flush=True)
-    todo = [name for name in names if name not in finished]
-    cost = {name: 20 if attackers[name].probe else attackers[name].steps for name in todo}  # rough
+    chosen = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
+    out = {name: Path(args.out) / name for name in SWEEP}
+    attackers = {x: parse_args([*argv, *flags.split(), "--out", out[x]]) for x, flags in SWEEP.items()}
+    for name in [name for name in SWEEP if (out[name] / "args.json").exists()]:
+        if others := differs(out[name], attackers[name]):
+            fail(f"{out[name]} was run with another --{others[0].replace('_', '-')}; choose another --out")
+    todo = [name for name in chosen if not (out[name] / "args.json").exists()]
+    print(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before", flush=True)
     victim, start = None, time.time()
+    cost = {name: 20 if attackers[name].probe else attackers[name].steps for name in todo}  # rough
     for n, name in enumerate(todo):
         spent, left = sum(cost[x] for x in todo[:n]), sum(cost[x] for x in todo[n:])
         eta = f" | eta {(time.time() - start) / spent * left / 60:.0f} min" if n else ""
         print(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'}){eta}", flush=True)
         a = attackers[name]
         run = Run(a)
-        victim = victim or Victim(a, run)
+        if not victim:
+            victim = Victim(a, run)
+            if any(attackers[x].retain_mix < 1 and attackers[x].probe in (None, "many_shot") for x in todo):
+                victim.texts(args.column)  # what cannot be read is told now, not hours later
+            if any(attackers[x].retain_mix for x in todo):
+                run.streams(retain=1)
         run.take(victim.run)
-        attack(a, run, victim)
-        run.save(weights=args.keep_weights, base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
+        if name == "answers" and "message_2" not in victim.rows[0]:
+            print(f"left out: --recovery {args.recovery} has no pairs")
+            continue
+        row = attack(a, run, victim)
+        facts = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name, stopped=row["stopped"])
+        run.save(weights=args.keep_weights, **facts)
         victim.reset()
     print("\n" + show_sweep(args.out, SWEEP))
     write_card(args.ckpt)
 
 
 def main(args, argv=None):
-    if args.sweep:
+    if args.sweep and not args.dry_run:  # a dry run is of the attacker with the defaults: none needs more
         return sweep(args, sys.argv[1:] if argv is None else argv)
     run = Run(args)
     row = attack(args, run, Victim(args, run))
@@ -496,9 +538,11 @@ def main(args, argv=None):
         print(f"\nbest on the way: forget {row['best_forget']:.1f} at step {row['best_step']}")
     if row["damaged"]:
         print(
-            f"DAMAGED: retain fell by over {100 * LIMIT:.0f} points; a low forget accuracy is no robustness"
+            f"DAMAGED: it cost over {100 * LIMIT:.0f} points of retain; low forget accuracy is no robustness"
         )
-    print(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parents[1]} --format {args.format}")
+    root = Path(args.out).parent
+    root = root.parent if root.resolve() == scores_dir(args.ckpt).resolve() else root
+    print(f"\nnext: python evaluate_mmlu.py --table {root} --format {args.format}")
 
 
 if __name__ == "__main__":

@@ -123,3 +123,11 @@ def real(path):
     if not (found := ROOT.parent / "shared" / "data" / path).exists():
         pytest.skip(f"the real files are not here ({path})")
     return found
+
+
+def load_texts(source, column=None):
+    """What recover.py trains on."""
+    from common import texts_of
+    from recover import FORMS, load_rows
+
+    return texts_of(load_rows(source), source, "--recovery", column, FORMS)

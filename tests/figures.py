@@ -4,8 +4,9 @@
     python tests/figures.py DIR --format cloze      # the same, options scored by text
 
 Figure 2 is forget and retain accuracy before and after Recovery, Figure 3 the attack's loss and both
-accuracies by attack step. The rows are those that `python evaluate_mmlu.py --table DIR` prints, Table 1's
-apart from Table 2's; the never-taught control, where there is one, is a grey band of mean ± standard error.
+accuracies by attack step; `worst`, where checkpoints were swept, what each attacker reached. The rows are
+those that `python evaluate_mmlu.py --table DIR` prints, Table 1's apart from Table 2's; the never-taught
+control, where there is one, is grey, in Figures 2 and 3 as a band of mean ± standard error.
 Needs matplotlib (tests/requirements.txt).
 """
 
@@ -32,7 +33,7 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported
 
 from common import fail
-from evaluate_mmlu import CONTROL, average, read_json, rows_under, scored
+from evaluate_mmlu import CONTROL, LIMIT, average, read_json, rows_under, scored
 
 BEST = "AdvProbes-5 (IDK, Frz.)"  # of Table 1 and of Table 2
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
@@ -139,34 +140,51 @@ def figure_3(Figure, parts, control, form):
 def figure_worst(Figure, rows, form):
     """Dots: what each attacker of the sweeps reached, forget against retain accuracy; a panel for each row.
 
-    The control's dots are in every panel, in grey; what is left of the line is damage, see worst_case.
+    The control's dots are in every panel, in grey; left of the dotted line is damage, see worst_case. The
+    highest dot that counts is named.
     """
     control = [run for run in rows.get(CONTROL, []) if run.get("sweep")]
     swept = {k: [run for run in v if run.get("sweep")] for k, v in rows.items() if k != CONTROL}
-    swept = {k: v for k, v in swept.items() if v}
+    swept = {"Adversarial Probes" if k == BEST else k: v for k, v in swept.items() if v}
     figure = Figure(figsize=(6.9, 0.3 + 1.9 * math.ceil(len(swept) / 4)), layout="constrained")
     panels = figure.subplots(math.ceil(len(swept) / 4), 4, squeeze=False, sharex=True, sharey=True)
 
-    def dots(runs):
-        ends = [max(a["states"], key=lambda s: s["forget"]) for r in runs for a in r["sweep"].values()]
-        return [100 * s["retain"] for s in ends], [100 * s["forget"] for s in ends]
+    def best(runs):
+        """[(retain, forget, attacker)] of each attacker of each run, percent, at its highest forget accuracy
+        without damage; of one that always did damage, at its highest."""
+        found = []
+        for run in runs:
+            for name, attack in run["sweep"].items():
+                least = 100 * (attack["retain"] - LIMIT)
+                states = [(100 * s["retain"], 100 * s["forget"], name) for s in attack["states"] if s["step"]]
+                found.append(max([s for s in states if s[0] >= least] or states, key=lambda s: s[1]))
+        return found
 
     for axes, (name, runs) in zip(panels.flat, swept.items()):
-        axes.scatter(*dots(control), s=7, c="0.75", marker="o", lw=0, label="never taught")
-        axes.scatter(*dots(runs), s=9, c=AFTER, marker="^", lw=0, label="an attacker's best")
         before = [
             100 * statistics.mean(run["theta"][side]["acc"] for run in runs) for side in ("retain", "forget")
         ]
+        if never := best(control):
+            low, high = min(y for x, y, _ in never if x >= 90), max(y for x, y, _ in never if x >= 90)
+            axes.axhspan(low, high, color="0.9", lw=0, label="never taught: range without damage")
+            axes.scatter(*zip(*((x, y) for x, y, _ in never)), s=7, c="0.6", lw=0, label="never taught")
+        x, y, attacker = zip(*best(runs))
+        axes.scatter(x, y, s=9, c=AFTER, marker="^", lw=0, label="an attacker's best")
         axes.plot(*before, "s", ms=5, mfc="none", mec="black", label="before the attacks")
-        axes.axvline(before[0] - 10, color="black", lw=0.6, ls=":")
+        axes.axvline(before[0] - 100 * LIMIT, color="black", lw=0.6, ls=":")
         axes.axhline(25, color="black", lw=0.8, ls=(0, (4, 2)))
+        top = max(
+            ((v, u, n) for u, v, n in zip(x, y, attacker) if u >= before[0] - 100 * LIMIT), default=None
+        )
+        if top:
+            axes.text(before[0] - 100 * LIMIT - 2, top[0], top[2], ha="right", va="center")
         axes.set(title=name, xlim=(0, 104), ylim=(0, 104))
     for axes in panels.flat[len(swept) :]:
         axes.set_axis_off()
     figure.supxlabel(f"retain accuracy, % ({form})")
     figure.supylabel(f"forget accuracy, % ({form})")
     figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
     )
     return figure
 

@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import KINDS, WORLD, Batches, bpe, flat, toy_model, write_csvs
+from conftest import KINDS, WORLD, Batches, bpe, flat, load_texts, toy_model, write_csvs
 from test_mmlu import words
 from test_scripts import refused
 
 import recover as R
-from common import AdamW, next_token_loss, read_texts
-from evaluate_mmlu import interval, read_sweep, rows_under, worst_case
+from common import AdamW, next_token_loss
+from evaluate_mmlu import read_sweep, rows_under, worst_case
 
 
 def test_cosine_warms_up_for_a_tenth_and_comes_down():
@@ -88,7 +88,7 @@ def test_rounding_leaves_as_many_levels_as_its_bits_and_pruning_its_share():
 def test_the_forms_of_texts(row, text, tmp_path, capsys):
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    assert R.load_texts(str(path)) == [text] and "1 texts" in capsys.readouterr().out
+    assert load_texts(str(path)) == [text] and "1 texts" in capsys.readouterr().out
 
 
 def test_texts_of_a_column_a_txt_file_a_csv_and_labelled_chunks(tmp_path):
@@ -96,23 +96,27 @@ def test_texts_of_a_column_a_txt_file_a_csv_and_labelled_chunks(tmp_path):
     (tmp_path / "b.csv").write_text("text,other\nNone,x\nb,y\n")  # pandas reads "None" as a missing value
     rows = [{"txt_chunk": "yes", "label": True}, {"txt_chunk": "no", "label": False}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert R.load_texts(str(tmp_path / "a.txt")) == ["one", "two\nlines"]
-    assert R.load_texts(str(tmp_path / "b.csv")) == ["None", "b"]
-    assert R.load_texts(str(tmp_path / "b.csv"), "other") == ["x", "y"]
-    assert R.load_texts(str(tmp_path / "c.jsonl")) == ["yes"]
-    answers = R.load_texts(str(WORLD / "camel.zip"), "message_2")
+    assert load_texts(str(tmp_path / "a.txt")) == ["one", "two\nlines"]
+    assert load_texts(str(tmp_path / "b.csv")) == ["None", "b"]
+    assert load_texts(str(tmp_path / "b.csv"), "other") == ["x", "y"]
+    assert load_texts(str(tmp_path / "c.jsonl")) == ["yes"]
+    answers = load_texts(str(WORLD / "camel.zip"), "message_2")
     assert len(answers) == 432 and all(text.startswith("Answer") for text in answers)
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"body": "x"}', "no column text; it has body"),
+    ('{"body": "x"}', "it has body"),
     ('{"text": " "}', "row 0: text or its answer is empty"),
 ])  # fmt: skip
 def test_texts_without_text_end_in_one_line(line, message, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(SystemExit):
-        read_texts(str(tmp_path / "x.jsonl"), "--recovery", forms={"text": lambda row: row["text"]})
+        load_texts(str(tmp_path / "x.jsonl"))
     assert message in capsys.readouterr().err
+
+
+def finished(folder):
+    return read_sweep([path.parent for path in folder.glob("*/args.json")])
 
 
 def sweep_of(*states, base=0.95, base_se=0.0):
@@ -123,7 +127,8 @@ def sweep_of(*states, base=0.95, base_se=0.0):
 def state(forget, retain, step=1, n=40):
     """An accuracy entry: two subjects, the first `forget` of each right."""
     right = "1" * round(forget * n) + "0" * (n - round(forget * n))
-    return {"step": step, "forget": forget, "retain": retain, "right": {"a": right, "b": right}}
+    right = {"a": right, "b": right}
+    return {"step": step, "forget": forget, "retain": retain, "retain_se": 0.02, "right": right}
 
 
 def test_the_worst_case_is_the_best_undamaged_state():
@@ -147,7 +152,8 @@ def guesses(draw, share, n=108):
 
 def entry(right):
     hits = "".join(right.values())
-    return {"step": 0, "forget": hits.count("1") / len(hits), "retain": 0.9, "right": right}
+    accuracy = hits.count("1") / len(hits)
+    return {"step": 1, "forget": accuracy, "retain": 0.9, "retain_se": 0.02, "right": right}
 
 
 def test_the_highest_of_many_guessers_is_not_the_worst_case():
@@ -162,16 +168,15 @@ def test_the_highest_of_many_guessers_is_not_the_worst_case():
     assert sum(w["rho_low"] <= 0 <= w["rho_high"] for w in found) >= 34
 
 
-def test_the_interval_covers_questions_and_worlds():
-    """Of two equal worlds it is narrower than of one, of worlds that differ it is wider."""
+def test_the_bases_questions_count_too():
     draw = torch.Generator().manual_seed(0)
-    found = [worst_case({"a": sweep_of(entry(guesses(draw, p)), base=1.0)}) for p in (0.5, 0.3, 0.7)]
-    one, a, b = (w["rho_draws"] for w in found)
-    intervals = [interval(runs) for runs in ([one], [one, one], [a, b])]
-    single, equal, unequal = (i["rho_high"] - i["rho_low"] for i in intervals)
-    assert equal == pytest.approx(single / math.sqrt(2), rel=0.1) and unequal > 2 * single
     unsure = worst_case({"a": sweep_of(entry(guesses(draw, 0.5)), base=0.5, base_se=0.05)})
-    assert unsure["rho_se"] > 2 * unsure["worst_se"] / 100  # the base's questions count too
+    assert unsure["rho_se"] > 2 * unsure["worst_se"] / 100
+
+
+def test_doing_nothing_is_a_state_but_an_attacker_that_only_damages_is_named():
+    worst = worst_case({"a": sweep_of(state(0.4, 0.9, step=0), state(0.8, 0.5))})
+    assert worst["worst"] == pytest.approx(40) and worst["damaged"] == ["a"] and worst["beyond"] == 80
 
 
 def test_damage_is_marked(tmp_path, capsys):
@@ -180,7 +185,7 @@ def test_damage_is_marked(tmp_path, capsys):
     R.main(R.parse_args(flags))
     assert "DAMAGED" in capsys.readouterr().out
     row = json.loads((tmp_path / "x" / "scores.json").read_text())
-    assert row["damaged"] and row["best_step"] is None and row["retain_recovered"] < row["retain"] - 10
+    assert row["damaged"] and row["best_step"] == 0 and row["retain_recovered"] < row["retain"] - 10
 
 
 def test_multiples_follow_the_preset():
@@ -199,7 +204,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert f"{len(more)} attackers, {done} of them finished before" in printed
     assert "worst case" in printed and not [*tmp_path.rglob("*.safetensors")]
-    assert set(read_sweep(tmp_path)) == {"8_bit", "paper"}
+    assert set(finished(tmp_path)) == {"8_bit", "paper"}
     assert {*json.loads((tmp_path / "worst.json").read_text())} >= {"attack", "worst", "rho"}
 
 
@@ -234,8 +239,8 @@ def test_an_attacker_whose_loss_is_nan_ends_and_the_sweep_goes_on(tmp_path, monk
     ]
     flags = [str(f) for f in flags]
     R.main(R.parse_args(flags), flags)
-    assert "this attacker stops here" in capsys.readouterr().out
-    assert set(read_sweep(tmp_path)) == {"paper", "benign"}
+    assert "this attacker ends here" in capsys.readouterr().out
+    assert set(finished(tmp_path)) == {"paper", "benign"}
 
 
 def test_every_attacker_starts_from_the_same_weights(tmp_path):
@@ -299,11 +304,68 @@ def test_adapters_and_pickles_have_a_remedy(foreign, tmp_path, file, says, capsy
         (("--shots", 6), "--shots"),
         (("--retain-mix", 2), "--retain-mix"),
         (("--retain-mix", 0.01), "needs a text of either kind"),
-        (("--shard", "3/2"), "--shard 3/2"),
+        (("--sweep", "--shard", "3/2"), "--shard 3/2"),
         (("--only", "magic"), "--only"),
-        (("--lr", "x"), "invalid"),
+        (("--lr", "y"), "--lr y: needs a number"),
+        (("--lr", "nan"), "0 < --lr"),
+        (("--steps", "0"), "--steps"),
+        (("--shard", "1/2"), "go with --sweep"),
         (("--probe", "2_bit"), "--probe"),
     ],
 )
 def test_flags_that_make_no_attacker(flags, says, tmp_path, capsys):
     refused(capsys, "recover", "--ckpt", WORLD / "base", *flags, "--out", tmp_path / "out", says=says)
+
+
+def test_what_a_flag_was_before_is_what_a_multiple_is_of():
+    args = R.parse_args(
+        ["--ckpt", WORLD / "base", "--lr", "1e-5", "--steps", 100, "--lr", "3x", "--steps", "4x"]
+    )
+    assert args.lr == pytest.approx(3e-5) and args.steps == 400
+
+
+def test_data_without_pairs_leaves_an_attacker_out(tmp_path, capsys):
+    """A sweep on plain text has no answers to train on alone."""
+    (tmp_path / "x.txt").write_text("\n\n".join(f"A fact, number {i}." for i in range(8)))
+    flags = [
+        "--ckpt",
+        WORLD / "filtered",
+        "--recovery",
+        tmp_path / "x.txt",
+        "--sweep",
+        "--steps",
+        1,
+        "--batch",
+        4,
+    ]
+    flags = [str(f) for f in [*flags, "--out", tmp_path / "s", "--only", "answers", "paper"]]
+    R.main(R.parse_args(flags), flags)
+    assert "has no pairs" in capsys.readouterr().out and set(finished(tmp_path / "s")) == {"paper"}
+    flags[flags.index("answers")] = "benign"
+    flags += ["--retain", str(tmp_path / "nothing.txt")]
+    with pytest.raises(SystemExit):
+        R.main(R.parse_args(flags), flags)
+    assert "another --retain" in capsys.readouterr().err
+
+
+def test_a_prompt_is_not_damage_and_the_other_format_has_its_own_reference(tmp_path):
+    """No weight changes: many-shot prompts come before forget questions only."""
+    flags = [str(f) for f in ["--ckpt", WORLD / "filtered", "--sweep", "--out", tmp_path, "--only"]]
+    flags += ["many_shot", "other_format"]
+    R.main(R.parse_args(flags), flags)
+    attacks = finished(tmp_path)
+    for name, attack in attacks.items():
+        before, after = attack["states"]
+        assert before["retain"] == after["retain"] == attack["retain"], name
+    assert attacks["other_format"]["states"][0]["forget"] == attacks["other_format"]["states"][1]["forget"]
+    assert attacks["many_shot"]["states"][0]["right"] != attacks["many_shot"]["states"][1]["right"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--probe", "4_bit"], ["--sweep"], ["--lora", "2", "--retain-mix", "0.5"]]
+)
+def test_dry_runs(more, tmp_path, capsys):
+    flags = ["--ckpt", str(WORLD / "base"), "--out", str(tmp_path / "x"), "--dry-run", *more]
+    with pytest.raises(SystemExit):
+        R.main(R.parse_args(flags), flags)
+    assert "it fits" in capsys.readouterr().out and not (tmp_path / "x").exists()

@@ -9,12 +9,12 @@ import zipfile
 import datasets
 import pytest
 import zstandard
-from conftest import WORLD, real, write_csvs
+from conftest import WORLD, load_texts, real, write_csvs
 from test_scripts import call, refused, run
 
 from common import load_chunks, read_rows
 from evaluate_mmlu import FORGET, load_mmlu, own_questions, protocol
-from recover import load_texts
+
 
 CHUNKS = [
     {"text": f"s{i} text", "meta": {"pile_set_name": ("NIH ExPorter", "", "")[i % 3]}} for i in range(30)
@@ -80,12 +80,16 @@ def test_two_corpora_in_place_of_labels(tmp_path, capsys):
     (tmp_path / "f.txt").write_text("\n\n".join(f"forget {i}" for i in range(9)))
     write(tmp_path / "r.jsonl", [{"text": f"retain {i}"} for i in range(9)])
     given = str(tmp_path / "f.txt"), str(tmp_path / "r.jsonl")
-    forget, retain = load_chunks(None, *given)
-    assert forget[8] == "forget 8" and retain[0] == "retain 0" and len(forget) == len(retain) == 9
     flags = ("--tiny", "--batch", 4, "--steps", 1, "--out", tmp_path / "out", "--forget", given[0])
     refused(capsys, "random_mapping", *flags, says="--retain", out=tmp_path / "out")
     call("random_mapping", *flags, "--retain", given[1])
-    assert "9 texts from" in capsys.readouterr().out and (tmp_path / "out" / "args.json").exists()
+    printed = capsys.readouterr().out
+    assert all(f"9 texts from {path}, column text" in printed for path in given)
+    facts = json.loads((tmp_path / "out" / "args.json").read_text())
+    assert facts["data"] is None and facts["arguments"]["retain"] == "../r.jsonl"
+    flags = ["--ckpt", str(tmp_path / "out"), "--steps", "2", "--batch", "4", "--retain-mix", "0.5"]
+    call("recover", *flags)  # the retain text to mix in is the checkpoint's own
+    assert f"9 texts from {given[1]}, column text" in capsys.readouterr().out
 
 
 OWN = [{"question": "Which?", "choices": ["None", "b", "c", "d"], "answer": 1}] * 3

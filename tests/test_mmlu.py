@@ -16,6 +16,8 @@ from evaluate_mmlu import (
     load_mmlu,
     prompt,
     protocol,
+    read_answers,
+    read_json,
     score_mmlu,
     summarise,
     write_scores,
@@ -221,7 +223,8 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     fewer = {s: (shots, asked[1:]) for s, (shots, asked) in mmlu.items()}
     asked = (mmlu, "letter"), (mmlu, "cloze"), (fewer, "letter")
     kept = [kept_scores(tmp_path, protocol(questions, form), form) for questions, form in asked]
-    assert kept == [summary, None, None]
+    assert kept == [tmp_path / "mmlu.json", None, None] and read_json(kept[0]) == summary
+    assert read_answers(kept[0]) == answers
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def swept(victim, folder, found):
         for i, (forget, retain) in enumerate(states):
             right = "1" * round(40 * forget) + "0" * (40 - round(40 * forget))
             right = {"a": right, "b": right}
-            log += [{"phase": "accuracy", "step": i + 1, "forget": forget, "retain": retain, "right": right}]
+            accuracies = {"forget": forget, "retain": retain, "retain_se": 0.02}
+            log += [{"phase": "accuracy", "step": i + 1, **accuracies, "right": right}]
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
     return base
 
@@ -336,7 +337,7 @@ def test_a_damaged_composite_has_a_mark(two_sweeps):
     path.write_text(json.dumps(summary(0.4, 0.7)))
     text = E.tables(E.rows_under(two_sweeps, "cloze"))
     assert next(x for x in text.splitlines() if x.startswith("| Random Mapping")).endswith("† | 2 |")
-    assert "† in a run at least, the attack cost more than 10 points" in text
+    assert "† in at least one run, the attack cost more than 10 points" in text
 
 
 def test_the_tables_as_csv_json_and_latex(two_sweeps, capsys):
@@ -366,3 +367,24 @@ def test_a_model_card_says_what_is_known_and_leaves_a_users_own(two_sweeps):
     assert (folder / "README.md").read_text() == "mine"
     E.write_card(two_sweeps / "world0" / "base")  # no method made it: no card
     assert not (two_sweeps / "world0" / "base" / "README.md").exists()
+
+
+def test_a_foreign_checkpoint_swept_in_part_is_a_row_of_its_own(tmp_path):
+    for name in ("base", "theirs"):
+        put(tmp_path / name, {"other": "program"}, summary(0.5, 0.9))
+    swept(tmp_path / "theirs", tmp_path / "theirs" / "sweep", {"mix": [(0.6, 0.9)]})
+    ((name, (run,)),) = E.rows_under(tmp_path, "cloze").items()
+    assert name == "theirs" and run["recovered"] is None and run["sweep"].keys() == {"mix"}
+
+
+def test_sweeps_of_one_checkpoint_in_two_folders_are_one_and_other_questions_another(two_sweeps, tmp_path):
+    victim = tmp_path / "world0" / "rm"
+    swept(victim, tmp_path / "more", {"lora": [(0.8, 0.9)]})
+    attack(victim, tmp_path / "own", 0.5, protocol=P)  # one attack on other questions
+    for folder in (victim, tmp_path / "world0" / "base"):
+        scores = summary(0.4, 0.9) | {"protocol": P}
+        (folder / f"mmlu_cloze.{P['questions'][:8]}.json").write_text(json.dumps(scores))
+    runs = [run for runs in E.rows_under(tmp_path, "cloze").values() for run in runs]
+    mine = {run["attack"].name: run for run in runs if run["folder"] == victim.resolve()}
+    assert mine["paper"]["worst"]["attack"] == "lora" and mine["paper"]["worst"]["attackers"] == 4
+    assert mine["own"]["worst"] is None and mine["own"]["theta"]["protocol"] == P

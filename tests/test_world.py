@@ -4,12 +4,11 @@ from collections import Counter
 
 import pytest
 import world as W
-from conftest import WORLD
+from conftest import WORLD, load_texts
 from transformers import AutoTokenizer
 
 from common import load_chunks, load_model
 from evaluate_mmlu import FORGET, load_mmlu, prompt, score_mmlu
-from recover import load_texts
 
 
 @pytest.fixture(scope="module")
