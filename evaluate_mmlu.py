@@ -23,11 +23,14 @@ for a name on the hub; scores of a part or of other questions get a file of thei
 
 F, R: forget and retain accuracy in percent, of the base model (init), the unlearned one, and the attacked
 one ('). Runs that differ only in their seed, or in the miniature's world, are one row: mean and standard
-error over these runs. A row of a single run has the standard error of its questions.
+error over these runs. A row of a single run has the standard error of its questions. A dagger: in some run of
+the row, the attack cost more than 10 points of retain accuracy. Where recover.py --sweep ran, the worst case
+follows, see worst_case. --questions puts a test set of one's own in the place of the forget subjects.
 
     python evaluate_mmlu.py --tiny                          # the miniature: base and filtered control, 5 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
     python evaluate_mmlu.py --table out --paper             # Markdown tables, the paper's numbers below ours
+    python evaluate_mmlu.py --table out --to latex          # or csv, json: all columns, a line per row
     python tests/figures.py out                             # Figures 2 and 3 of these runs (matplotlib)
 """
 
