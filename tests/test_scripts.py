@@ -93,7 +93,8 @@ def test_recover_scores_on_the_way_and_prints_its_row(out):
     assert [r["step"] for r in metrics(out / "rmat" / "recovered") if r["phase"] == "accuracy"] == [0, 2, 4]
     scores = json.loads((out / "rmat" / "recovered" / "scores.json").read_text())
     columns = {"forget", "retain", "score_u", "forget_recovered", "retain_recovered", "score_r", "composite"}
-    assert columns | {"damaged", "best_step", "best_forget"} == {k.removesuffix("_se") for k in scores}
+    more = {"damaged", "best_step", "best_forget", "stopped"}
+    assert columns | more == {k.removesuffix("_se") for k in scores}
     printed = (out / "printed.txt").read_text()
     assert f"{scores['composite']:.1f} ± {scores['composite_se']:.1f}" in printed
     assert "next: python recover.py" in printed and "next: python evaluate_mmlu.py --table" in printed
