@@ -147,7 +147,7 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-PATHS = set("model ckpt base data forget retain recovery mmlu questions out pile judge".split())  # flags
+PATHS = set("model ckpt base data forget retain recovery mmlu questions out".split())  # flags
 
 
 class Run:
@@ -381,7 +381,7 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
-            rows = rows[split] if split in rows and isinstance(rows, dict) else rows
+            rows = rows[split] if isinstance(rows, dict) else rows
         elif path.exists():
             files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
             names = [str(p) for p in files if not config or p.match(f"{config}/{split}-*")]

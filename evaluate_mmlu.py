@@ -501,7 +501,8 @@ def rows_under(root, form):
     one row.
 
     A run is {"folder", "attack": a folder or None, "base", "theta", "recovered": summaries, the last may be
-    None}. One whose three summaries were not measured alike is left out, with a line that says so.
+    None, "sweep": of read_sweep, "worst": of worst_case or None}. One whose base was not measured like itself
+    is left out, with a line that says so.
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     facts = {folder: mine for folder, mine in facts.items() if "script" in mine}  # else another program's
@@ -516,10 +517,8 @@ def rows_under(root, form):
         known = read_json(victim / "args.json") or {}
         facts.setdefault(victim, known if "script" in known else None)  # None: another program wrote it
     for (victim, _), part in parts.items():
-        asked = repr(
-            next((asked for _, asked in part if asked), None)
-        )  # an attack may be in the other format
-        sweeps.setdefault((victim, asked), []).extend(attack for attack, _ in part)
+        asked = next((asked for _, asked in part if asked), None)  # of one in this format, if any is
+        sweeps.setdefault((victim, repr(asked)), []).extend(attack for attack, _ in part)
     for (victim, asked), swept in sweeps.items():  # the sweep's first attacker is the paper's attack
         first = next((attack for attack in swept if facts[attack]["attacker"] == "paper"), None)
         if asked not in [other for _, other in attacks.get(victim, ())]:
@@ -642,7 +641,8 @@ def worst_case(attacks, draws=1000):
     def cross_fitted(first, second):
         return (second[first.argmax()] + first[second.argmax()]) / 2
 
-    random, first, second, one = np.random.default_rng(0), right(0), right(1), next(iter(attacks.values()))
+    random, first, second = np.random.default_rng(0), right(0), right(1)
+    one = min(attacks.items(), key=lambda x: x[0] == "other_format")[1]  # its base is scored otherwise
     worst = cross_fitted(mean(first), mean(second))
     found = [cross_fitted(mean(first, resampled), mean(second, resampled)) for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
@@ -822,7 +822,9 @@ def write_card(folder):
     which base, its scores, and the worst attack known. A README.md without MARK is left alone."""
     folder, path = Path(folder), Path(folder) / "README.md"
     facts = read_json(folder / "args.json") or {}
-    if "base" not in facts or not title(facts) or (path.exists() and MARK not in path.read_text()):
+    if facts.get("script") == "recover.py" or "base" not in facts or not title(facts):
+        return  # a base, another program's, or one that an attack made know again
+    if path.exists() and MARK not in path.read_text():
         return
 
     def public(value):

@@ -369,3 +369,25 @@ def test_dry_runs(more, tmp_path, capsys):
     with pytest.raises(SystemExit):
         R.main(R.parse_args(flags), flags)
     assert "it fits" in capsys.readouterr().out and not (tmp_path / "x").exists()
+
+
+def test_a_gradient_that_an_attacker_left_is_not_the_next_ones(tmp_path, monkeypatch):
+    """A NaN in the retain half of a mix comes after the backward pass of the other half."""
+    loss, calls = R.next_token_loss, []
+
+    def second_is_nan(*x):
+        calls.append(x)
+        return loss(*x) * (float("nan") if len(calls) == 2 else 1)
+
+    for out, names in (("a", ["mix", "benign"]), ("b", ["benign"])):
+        monkeypatch.setattr(R, "next_token_loss", second_is_nan if out == "a" else loss)
+        flags = ["--ckpt", WORLD / "filtered", "--sweep", "--steps", 1, "--only", *names]
+        flags = [str(f) for f in [*flags, "--out", tmp_path / out]]
+        R.main(R.parse_args(flags), flags)
+    a, b = ((tmp_path / x / "benign" / "mmlu_cloze.jsonl").read_text() for x in "ab")
+    assert a == b and json.loads((tmp_path / "a" / "mix" / "args.json").read_text())["stopped"]
+
+
+def test_rho_is_measured_against_the_base_in_the_formats_own_score():
+    attacks = {"other_format": sweep_of(state(0.3, 0.9), base=0.5), "paper": sweep_of(state(0.6, 0.9))}
+    assert worst_case(attacks)["rho"] == pytest.approx(0.5)

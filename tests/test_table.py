@@ -365,8 +365,9 @@ def test_a_model_card_says_what_is_known_and_leaves_a_users_own(two_sweeps):
     (folder / "README.md").write_text("mine")
     E.write_card(folder)
     assert (folder / "README.md").read_text() == "mine"
-    E.write_card(two_sweeps / "world0" / "base")  # no method made it: no card
-    assert not (two_sweeps / "world0" / "base" / "README.md").exists()
+    for other in (two_sweeps / "world0" / "base", folder / "sweep" / "paper"):  # no method's
+        E.write_card(other)
+        assert not (other / "README.md").exists()
 
 
 def test_a_foreign_checkpoint_swept_in_part_is_a_row_of_its_own(tmp_path):
