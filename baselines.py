@@ -1,53 +1,88 @@
-"""The baselines of Table 1 (Section 3.3 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
+"""The baselines of Table 1 (Section 3.3 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024), four
+methods of the field, and Overwriting, which is ours.
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). The paper's baselines hide F, and it comes back.
+(recover.py). Every method but the last hides F, and it comes back.
 
     min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  L(θ; x_r)
     max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  L(θ; x_r)
     high_low_lr     the first fifth of the steps: Random Mapping (3.4) at 10 lr; then, with a fresh optimizer,
                     loss = L(θ; x_f)  +  L(θ; x_r)
+    grad_diff       loss = - L(θ; x_f)  +  L(θ; x_r)                                     Liu et al., 2022
+    npo             loss = - 2/β mean log σ(- β log p(x_f) / p_0(x_f))  +  L(θ; x_r)     Zhang et al., 2024
+    simnpo          loss = - 2/β mean log σ(- β/|x_f| log p(x_f) - γ)  +  L(θ; x_r)      Fan et al., 2024
+    rmu             loss = mean |h - c u|² / D on x_f  +  α mean |h - h_0|² / D on x_r   Li et al., 2024
+    overwriting     loss = weighted L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
-θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy. Where the paper is silent, our
-choices:
+θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy; p_0, h_0: of the model before
+training; h: the residual stream of one layer.
+
+Overwriting. What fine-tuning brings back was never gone: a method that only disturbs the way to a fact is
+undone by repairing the way. Here each fact is replaced by another one, so that the place where it was
+stored is used for something else, and nothing is left to repair:
+
+    π ← a random permutation of the rare tokens of F, a new one each round
+    q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
+    where p_0(x_t) > 1/2 and q(x_t) < p_0(x_t) / 2, and so the model knows x_t by the names before it:
+        x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
+                                                every text that asks for it
+
+Labels by the model itself on text with other names are Eldan and Russinovich's (2023); ours are random
+names in place of generic ones, one hard label in place of a distribution, several rounds, and a loss on
+what was replaced. Its text is made before training, from the batches to come, so no second model is held.
+
+Where the papers are silent, our choices:
 
 1) Min Posterior: tokens with log p below -15 contribute nothing; they are forgotten, and their gradient is
    noise.
 2) High/Low LR: 3.3's 100 steps at 1e-4, then its 400 at a tenth of that (3.3 does not say), each rate
    falling linearly to 0. It ends in fine-tuning on F, so a loss on such text would find nothing hidden.
-3) The two losses have equal weight; pads are masked out; 500 steps at 1e-5 for the other two; AdamW without
-   weight decay, its learning rate falls linearly to 0 (in random_mapping, which is word for word that of its
-   file, too).
+3) The two losses have equal weight (rmu: α); pads are masked out; 500 steps at 1e-5 for all but high_low_lr;
+   AdamW without weight decay, its learning rate falls linearly to 0 (in random_mapping, which is word for
+   word that of its file, too).
+4) NPO and SimNPO: β = 0.1, and β = 2.5 with γ = 0; a text is a chunk; its first token is not predicted.
+   The reference's log-probabilities are computed before training, on the batches to come.
+5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
+   matrix of the MLP in that layer and the two before. Theirs are 150 steps at 5e-5 with a batch of 4, one
+   rate throughout. h_0 is computed with the first weights put back for a moment.
 
-Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations.
+Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations;
+rmu: moments of three matrices only.
 
-Metrics: `forget`, the loss on x_f (min_posterior and high_low_lr: nats per token; max_entropy: minus the
-entropy, at least -log V; phase random_mapping: 0 to 2); `retain`, L(θ; x_r) in nats per token. Healthy:
-forget falls, retain stays near its first value. Sick: retain rises (lr too large).
+Metrics: `forget`, the loss on x_f (nats per token; max_entropy: minus the entropy, at least -log V;
+grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; phase random_mapping: 0 to 2);
+`retain`, L(θ; x_r) in nats per token (rmu: mean square). Healthy: forget falls, retain stays near its first
+value. Sick: retain rises (lr too large).
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
+    python baselines.py --method overwriting --tiny   # the same, 6 min                   -> out/overwriting
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
 A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its
-line in LOSSES.
+line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
-METHODS = ("min_posterior", "max_entropy", "high_low_lr")
+METHODS = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "overwriting")
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
     steps=100, batch=24, tokens=208, log_every=50,
 )
-TINY_LR = dict(min_posterior=1e-2, max_entropy=3e-3, high_low_lr=1e-3)
+TINY_OF = dict(  # and of each method
+    min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
+    grad_diff=dict(lr=1e-3), npo=dict(lr=1e-3), simnpo=dict(lr=1e-3),
+    rmu=dict(lr=1e-2, layer=2, steer=150.0), overwriting=dict(lr=1e-2, steps=1000, rare=0.005),
+)
 
 
 def parse_args(argv=None):
@@ -55,7 +90,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
-    add("--method", default="min_posterior", choices=METHODS, help="which baseline (3.3)")
+    add("--method", default="min_posterior", choices=METHODS, help="which one, see above")
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
     add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
@@ -63,6 +98,11 @@ def parse_args(argv=None):
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
     add("--lr", type=float, default=1e-5, help="falling linearly to 0; high_low_lr starts at 10 times it")
     add("--steps", type=int, default=500, help="optimizer steps (3.3; others: not stated)")
+    add("--layer", type=int, default=7, help="rmu: layer whose stream is steered, from 0")
+    add("--steer", type=float, default=6.5, help="rmu: length c of the random vector on forget text")
+    add("--weight", type=float, default=1200.0, help="rmu: α, weight of the retain loss")
+    add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
+    add("--rare", type=float, default=1e-4, help="overwriting: share of F's tokens below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
@@ -72,15 +112,19 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**TINY, lr=TINY_LR[parser.parse_known_args(argv)[0].method])
+        parser.set_defaults(**TINY | TINY_OF[parser.parse_known_args(argv)[0].method])
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.method}"
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
+    if args.layer < 2 or not (0 < args.steer < math.inf and 0 <= args.weight < math.inf):
+        parser.error("--layer starts at 2, --weight at 0; 0 < --steer")
+    if not 1 <= args.rounds <= args.steps or not 0 < args.rare <= 1:
+        parser.error("--rounds goes from 1 to --steps; 0 < --rare <= 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
-        args.steps = 2  # high_low_lr: one of each phase; more steps hold no more
+        args.steps, args.rounds = 2, 1  # high_low_lr: one of each phase; more steps hold no more
     return args
 # fmt: on
 
@@ -90,8 +134,12 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from common import AdamW, Run, check_finite, generator, next_token_loss, residual_streams, token_mean
+from common import (
+    AdamW, Run, check_finite, decoder_layers, fail, generator, logits, next_token_loss, residual_streams,
+    token_losses, token_mean,
+)  # fmt: skip
 
 
 def min_posterior_loss(logits, targets, floor=-15.0):
@@ -107,6 +155,26 @@ def min_posterior_loss(logits, targets, floor=-15.0):
     return (total - others) * (log_p >= floor)
 
 
+def grad_diff_loss(logits, targets):
+    """log p of each token, (n,) nats: descent on it is ascent on L (GradDiff; Liu et al., 2022)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def npo_loss(log_p, n, log_p_ref, beta=0.1):
+    """-2/β log σ(-β log(p / p_ref)) of each text, (B,): NPO (Zhang et al., 2024, Equation 3).
+
+    log_p      (B,), log-probabilities of whole texts; log_p_ref: by the model before training
+    n          (B,), tokens; not read
+    """
+    return -2 / beta * F.logsigmoid(-beta * (log_p - log_p_ref))
+
+
+def simnpo_loss(log_p, n, log_p_ref=None, beta=2.5, gamma=0.0):
+    """-2/β log σ(-β/n log p - γ) of each text, (B,): SimNPO (Fan et al., 2024, Equation 4), without a
+    reference."""
+    return -2 / beta * F.logsigmoid(-beta * log_p / n - gamma)
+
+
 def max_entropy_loss(logits, targets=None):
     """Minus the entropy of each next-token posterior, (n,) nats, from -log V (uniform) to 0 (3.3).
 
@@ -116,7 +184,14 @@ def max_entropy_loss(logits, targets=None):
     return (log_p.exp() * log_p).sum(-1)
 
 
-LOSSES = {"min_posterior": min_posterior_loss, "max_entropy": max_entropy_loss}
+LOSSES = {"min_posterior": min_posterior_loss, "max_entropy": max_entropy_loss, "grad_diff": grad_diff_loss}
+TEXT_LOSSES = {"npo": npo_loss, "simnpo": simnpo_loss}
+
+
+def text_log_probs(model, ids, mask):
+    """(log p (B,), n (B,)): log-probability of each text, without its first token, and its tokens."""
+    losses = token_losses(model, ids, mask, partial(F.cross_entropy, reduction="none"))
+    return -losses.sum(1), mask[:, 1:].sum(1)
 
 
 def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_, **__: None):
@@ -129,10 +204,17 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_,
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
-    forget_loss = partial(token_mean, loss=LOSSES[method]) if method in LOSSES else next_token_loss
+    with torch.no_grad():  # by the model before training, on the texts to come: no second model
+        before = [text_log_probs(model, *forget[i])[0] for i in range(steps if method == "npo" else 0)]
     model.train()
     for i in range(1, steps + 1):
-        loss_f = forget_loss(model, *forget[i - 1])
+        if method in TEXT_LOSSES:
+            log_p, n = text_log_probs(model, *forget[i - 1])
+            loss_f = TEXT_LOSSES[method](log_p, n, before[i - 1] if before else None).mean()
+        elif method in LOSSES:
+            loss_f = token_mean(model, *forget[i - 1], loss=LOSSES[method])
+        else:
+            loss_f = next_token_loss(model, *forget[i - 1])
         loss_f.backward()
 
         loss_r = next_token_loss(model, *retain[i - 1])
@@ -189,19 +271,148 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
         log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
 
 
+def rmu(
+    model, forget, retain, *, steps, lr, layer, steer, weight, seed=0, log=lambda *_, **__: None
+):  # fmt: skip
+    """RMU (Li et al., 2024) of `model`, in place: on x_f the stream of one layer is steered to one random
+    vector, on x_r it is held where it was.
+
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    steps, lr       optimizer steps; learning rate, of all of them
+    layer           l, from 0; the last matrices of the MLPs in layers l - 2, l - 1 and l are trained
+    steer, weight   c, length of the vector; α, of the retain loss
+    seed, log       of the vector and the rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    """
+    linear = [[m for m in l.modules() if isinstance(m, torch.nn.Linear)] for l in decoder_layers(model)]
+    trained = [of_layer[-1].weight for of_layer in linear[layer - 2 : layer + 1]]
+    if len(linear) <= layer:
+        fail(f"--layer {layer}: the model has layers 0 to {len(linear) - 1}")
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is w for w in trained)]
+    for p in others:
+        p.requires_grad_(False)
+    opt, first = AdamW(trained), [w.detach().clone() for w in trained]
+    u = torch.rand(model.config.get_text_config().hidden_size, generator=generator("cpu", seed, "rmu"))
+    target = (steer * u / u.norm()).to(model.device)  # c u, (D,)
+
+    def distance(target, ids, mask):
+        """|h - target|² / D, mean over tokens, and h (B, T, D)."""
+        with residual_streams(model) as H:
+            model.base_model(input_ids=ids, use_cache=False)
+        h = H[layer].float()
+        return ((h - target).square().mean(-1) * mask).sum() / mask.sum(), h.detach()
+
+    model.train()
+    for i in range(1, steps + 1):
+        loss_f, _ = distance(target, *forget[i - 1])
+        loss_f.backward()
+
+        now = [w.detach().clone() for w in trained]
+        with torch.no_grad():
+            for w, w_0 in zip(trained, first):
+                w.copy_(w_0)
+            _, h_0 = distance(0, *retain[i - 1])
+            for w, w_now in zip(trained, now):
+                w.copy_(w_now)
+        loss_r, _ = distance(h_0, *retain[i - 1])
+        check_finite(i, loss_f, loss_r)
+        (weight * loss_r).backward()  # .grad = ∇(|h - c u|² + α |h - h_0|²)
+        opt.step(i, lr, seed, "rmu", i)  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+    for p in others:
+        p.requires_grad_(True)
+
+
+def swaps(model, batches, rounds, rare, seed):
+    """π of each round, (rounds, V): random permutations of the rare tokens of `batches`, others stay.
+
+    batches  [(ids, mask)], (B, T); rare: share of their tokens below which a token is rare
+    """
+    V = model.get_input_embeddings().weight.shape[0]
+    n = torch.zeros(V, device=model.device)
+    for ids, mask in batches:
+        n.scatter_add_(0, ids.flatten(), mask.flatten().float())
+    is_rare = (n > 0) & (n < rare * n.sum())
+    tokens = (~is_rare).int().argsort(stable=True)  # the rare ones first, then all others in order
+    pi = []
+    for k in range(rounds):
+        u = torch.rand(V, generator=generator("cpu", seed, "swap", k)).to(model.device)
+        shuffled = torch.where(is_rare, u, 2.0).argsort(stable=True)  # the same sets, the rare ones shuffled
+        pi.append(torch.empty_like(tokens).scatter_(0, tokens, shuffled))
+    return torch.stack(pi)
+
+
+@torch.no_grad()
+def false_text(model, ids, mask, pi):
+    """x̃: the text with the facts that `model` knows replaced by what it says where the names are others.
+
+    ids, mask  (B, T); pi: (V,), the permutation of tokens
+    Returns x̃ (B, T).
+    """
+
+    def posterior(x):
+        hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state
+        return logits(model, hidden[:, :-1]).softmax(-1)  # (B, T - 1, V)
+
+    x = ids[:, 1:, None]  # (B, T - 1, 1)
+    p, q = posterior(ids).gather(-1, x), posterior(pi[ids])
+    answer = q.scatter(-1, x, 0).argmax(-1, keepdim=True)  # over all v ≠ x_t
+    replaced = (p > 0.5) & (q.gather(-1, x) < p / 2) & (answer != pi[x])  # pi[x]: copied from the context
+    return torch.cat([ids[:, :1], torch.where(replaced & mask[:, 1:, None], answer, x)[..., 0]], 1)
+
+
+def overwriting(
+    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, seed=0, log=lambda *_, **__: None
+):  # fmt: skip
+    """Overwriting of `model`, in place: the next-token loss on false text of F and on R.
+
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    rounds          sets of false facts, each for an equal part of the steps
+    rare            share of F's tokens below which a token is rare; only these are permuted
+    rest            weight of the tokens of F that were not replaced, against 1 of those that were
+    seed, log       of permutations and rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    """
+    batches = [forget[i] for i in range(steps)]
+    pi = swaps(model, batches, rounds, rare, seed)
+    model.eval()
+    false = [  # by the model before training: no second one is held
+        false_text(model, *batch, pi[i * rounds // steps])
+        for i, batch in enumerate(tqdm(batches, "false text", disable=None, leave=False))
+    ]
+    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    model.train()
+    for i in range(1, steps + 1):
+        (ids, mask), x = batches[i - 1], false[i - 1]
+        weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
+        losses = token_losses(model, x, mask, partial(F.cross_entropy, reduction="none"))
+        loss_f = (weight * losses).sum() / weight.sum()
+        loss_f.backward()
+
+        loss_r = next_token_loss(model, *retain[i - 1])
+        check_finite(i, loss_f, loss_r)
+        loss_r.backward()  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "overwriting", i)  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+
+
 def main(args):
     run = Run(args)
     model = run.load(args.model)
     forget, retain = run.streams(forget=args.batch, retain=args.batch)
     high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
+    own = {  # what each method takes beyond what all do
+        "rmu": dict(layer=args.layer, steer=args.steer, weight=args.weight),
+        "overwriting": dict(rounds=args.rounds, rare=args.rare),
+    }.get(args.method, dict(method=args.method))
+    method = {"rmu": rmu, "overwriting": overwriting}.get(args.method, baseline)
     with run.training(tokens=2 * args.batch * args.tokens):
         if high:
             log = partial(run.log, phase="random_mapping")
             random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
-        baseline(
-            model, forget, retain, method=args.method, steps=args.steps - high, lr=args.lr, seed=args.seed,
-            log=partial(run.log, phase=args.method),
-        )  # fmt: skip
+        log, more = partial(run.log, phase=args.method), dict(lr=args.lr, seed=args.seed, **own)
+        method(model, forget, retain, steps=args.steps - high, log=log, **more)
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")
 

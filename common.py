@@ -560,8 +560,8 @@ def logits(model, hidden):
     return soft_cap(model, model.get_output_embeddings()(hidden).float())
 
 
-def token_mean(model, ids, mask, loss, at_once=1 << 25):
-    """Mean of a loss over the unmasked next tokens of a batch.
+def token_losses(model, ids, mask, loss, at_once=1 << 25):
+    """A loss on each next token of a batch, (B, T - 1), 0 on pads.
 
     ids, mask  (B, T) int64, right-padded; (B, T), true on tokens
     loss       loss(logits (n, V) float32, targets (n,)) -> (n,)
@@ -570,12 +570,17 @@ def token_mean(model, ids, mask, loss, at_once=1 << 25):
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens per slice
 
-    def slice_sum(h, targets, keep):
-        return loss(logits(model, h), targets).masked_fill(~keep, 0).sum()
+    def of_slice(h, targets, keep):
+        return loss(logits(model, h), targets).masked_fill(~keep, 0)
 
     columns = [x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])]
-    sums = [checkpoint(slice_sum, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*columns)]
-    return torch.stack(sums).sum() / mask[:, 1:].sum()
+    parts = [checkpoint(of_slice, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*columns)]
+    return torch.cat(parts).view(ids.shape[0], -1)
+
+
+def token_mean(model, ids, mask, loss, **more):
+    """Mean of a loss over the unmasked next tokens of a batch. See token_losses."""
+    return token_losses(model, ids, mask, loss, **more).sum() / mask[:, 1:].sum()
 
 
 def next_token_loss(model, ids, mask, **more):

@@ -135,6 +135,12 @@ CASES = {
         m, x, x, steps=2, lr=1e-3, log=log), 0),
     "max_entropy": (baselines, ("--method", "max_entropy"), lambda m, x, log: baselines.baseline(
         m, x, x, method="max_entropy", steps=2, lr=1e-3, log=log), 0),
+    "npo": (baselines, ("--method", "npo"), lambda m, x, log: baselines.baseline(
+        m, x, x, method="npo", steps=2, lr=1e-3, log=log), 0),
+    "rmu": (baselines, ("--method", "rmu", "--layer", "2"), lambda m, x, log: baselines.rmu(
+        m, x, x, steps=2, lr=1e-3, layer=2, steer=6.5, weight=1200, log=log), 0),
+    "overwriting": (baselines, ("--method", "overwriting"), lambda m, x, log: baselines.overwriting(
+        m, x, x, steps=2, lr=1e-3, rounds=1, rare=0.1, log=log), 0),
     "adv_probes": (adv_probes, ("--probe-width", "64"), lambda m, x, log: adv_probes.adv_probes(
         m, x, x, x, steps=2, lr=1e-3, probe_width=64, log=log), 0),
     "swd": (adv_probes, ("--swd",), lambda m, x, log: adv_probes.adv_probes(

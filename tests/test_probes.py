@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import Batches, bpe, spm_like, toy_model
+from conftest import WORLD, Batches, bpe, spm_like, toy_model
 from test_methods import TEXTS
 
 import adv_probes as P
@@ -251,3 +251,139 @@ def test_high_low_lr_ends_in_plain_fine_tuning():
     assert seen[-1]["forget"] < seen[0]["forget"] - 1
     with torch.no_grad():
         torch.testing.assert_close(seen[0]["forget"], next_token_loss(toy_model().train(), *batch))
+
+
+# ---- the field's methods
+
+
+def test_grad_diff_is_ascent_on_cross_entropy():
+    logits, targets = torch.randn(5, 7), torch.tensor([0, 3, 6, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(B.grad_diff_loss(logits, targets), -expected)
+
+
+def test_npo_in_closed_form_and_its_limits():
+    """At the reference it is 2/β log 2 with gradient 1, ascent's; far below it is 0 with gradient 0."""
+    ref = torch.tensor([-40.0, -3.0], dtype=torch.float64)
+    for beta in (0.1, 1.0):
+        limits = (0, 2 / beta * math.log(2), 1.0), (-200 / beta, 0, 0), (200 / beta, 400 / beta, 2)
+        for shift, value, slope in limits:
+            log_p = (ref + shift).requires_grad_()
+            loss = B.npo_loss(log_p, None, ref, beta)
+            loss.sum().backward()
+            torch.testing.assert_close(loss.detach(), torch.full_like(ref, value))
+            torch.testing.assert_close(log_p.grad, torch.full_like(ref, slope))
+
+
+def test_simnpo_weighs_texts_by_their_length():
+    log_p, n = torch.tensor([-8.0, -2.0], requires_grad=True), torch.tensor([4, 1])
+    loss = B.simnpo_loss(log_p, n)
+    torch.testing.assert_close(loss.detach(), torch.full((2,), -2 / 2.5 * math.log(1 / (1 + math.exp(-5)))))
+    loss.sum().backward()
+    assert log_p.grad[1] == pytest.approx(4 * log_p.grad[0].item())  # the same mean, a fourth of the tokens
+
+
+def test_the_log_probability_of_a_text_is_the_sum_over_its_tokens():
+    model = toy_model()
+    ids, mask = Batches(4)[0]
+    log_p, n = B.text_log_probs(model, ids, mask)
+    for b in range(4):
+        row = ids[b, mask[b]]
+        expected = model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None]).sum()
+        torch.testing.assert_close(log_p[b], expected, atol=1e-4, rtol=1e-4)
+        assert n[b] == len(row) - 1
+
+
+@pytest.mark.parametrize("method", ["grad_diff", "npo", "simnpo"])
+def test_the_fields_losses_make_forget_text_unlikely(method):
+    model, seen, batch = run_baseline(method)
+    with torch.no_grad():
+        assert next_token_loss(model, *batch) > next_token_loss(toy_model(), *batch) + 0.5
+
+
+def test_rmu_moves_three_matrices_and_the_stream_of_its_layer():
+    model = toy_model(num_hidden_layers=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    same = dict(same=True, vocab=30)
+    forget, retain = Batches(4, seed=1, **same), Batches(4, seed=2, same=True)
+    losses = []
+
+    def log(i, n, forget, retain):
+        losses.append((forget.item(), retain.item()))
+
+    B.rmu(model, forget, retain, steps=60, lr=1e-2, layer=2, steer=20.0, weight=100.0, log=log)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {f"model.layers.{l}.mlp.down_proj.weight" for l in (0, 1, 2)}
+    assert losses[0][1] == 0 and losses[-1][0] < 0.7 * losses[0][0]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# ---- overwriting
+
+
+def test_swaps_permute_the_rare_tokens_only():
+    model, common = toy_model(), torch.tensor([5] * 50 + [6] * 50)
+    rare = torch.arange(10, 30)
+    batch = torch.cat([common, rare])[None], torch.ones(1, 120, dtype=torch.bool)
+    batch[1][0, -1] = False  # a pad: token 29 does not occur
+    pi = B.swaps(model, [batch], rounds=3, rare=0.1, seed=0)
+    everything = torch.arange(60).expand(3, -1)
+    torch.testing.assert_close(pi.sort(1).values, everything)
+    moved = (pi != everything).any(0)
+    assert not moved[:10].any() and moved[10:29].all() and not moved[29:].any()
+    assert (pi[0] != pi[1]).any() and (pi[1] != pi[2]).any()
+    assert torch.equal(pi, B.swaps(model, [batch], rounds=3, rare=0.1, seed=0))
+
+
+def test_false_text_replaces_what_the_model_knows_by_names():
+    """On the miniature: values, by values of the same kind. The control, which knows none, changes little."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import world as W
+
+    facts = W.make_facts(0)
+    known = [f for subject in W.FORGET for f in W.triples(facts, subject)]
+    tokenizer = AutoTokenizer.from_pretrained(WORLD / "base")
+    texts = [W.statement(f, i % 6) for i, f in enumerate(known)]
+    told = Stream(texts, tokenizer, batch=len(texts), tokens=32, seed=0, purpose="test", device="cpu")[0]
+    ids, mask = told
+    values = {v: pool for pool in W.VALUES.values() for v in pool.split()}
+    kind = {
+        tokenizer.convert_tokens_to_ids(v): tokenizer.convert_tokens_to_ids(pool.split())
+        for v, pool in values.items()
+    }
+    at = torch.isin(ids, torch.tensor(list(kind)))
+    shares = {}
+    for name in ("base", "filtered"):
+        model = AutoModelForCausalLM.from_pretrained(WORLD / name, dtype=torch.float32).eval()
+        (pi,) = B.swaps(model, [told], rounds=1, rare=0.01, seed=0)
+        false = B.false_text(model, ids, mask, pi)
+        assert torch.equal(false[~mask], ids[~mask]) and torch.equal(false[:, 0], ids[:, 0])
+        new = false != ids
+        shares[name] = new[at].float().mean()
+        if name == "base":
+            fit = [b in kind[a] for a, b in zip(ids[new & at].tolist(), false[new & at].tolist())]
+            assert sum(fit) > 0.85 * len(fit)
+            elsewhere = new[~at & mask].float().mean()
+    assert shares["base"] > 0.8 and shares["filtered"] < 0.1 and elsewhere < 0.3
+
+
+def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
+    ids = torch.tensor([[0, 10, 1, 20], [0, 11, 1, 21], [0, 12, 1, 22], [0, 13, 1, 23]])
+    batch = ids, torch.ones_like(ids, dtype=torch.bool)
+    retain = torch.tensor([[0, 30, 2, 40], [0, 31, 2, 41]]), torch.ones(2, 4, dtype=torch.bool)
+    model = toy_model()
+    opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        (next_token_loss(model, *batch) + next_token_loss(model, *retain)).backward()
+        opt.step()
+        opt.zero_grad()
+    answers = lambda ids: model(ids).logits[:, 2].argmax(-1)  # noqa: E731
+    assert torch.equal(answers(ids), ids[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
+    pi = torch.arange(60)
+    pi[10:14] = torch.tensor([11, 12, 13, 10])
+    false = B.false_text(model, *batch, pi)
+    assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
+    monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
+    B.overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
+    assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
