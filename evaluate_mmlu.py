@@ -70,6 +70,11 @@ ROWS = {  # the paper's rows: table, the command that makes one, the paper's num
                                  (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
     "AdvProbes-SWD": (2, "adv_probes.py --swd", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
 }
+MORE = {  # rows that the paper does not have
+    "GradDiff": "baselines.py --method grad_diff", "NPO": "baselines.py --method npo",
+    "SimNPO": "baselines.py --method simnpo", "RMU": "baselines.py --method rmu",
+    "Overwriting": "baselines.py --method overwriting",
+}
 CONTROL = "never taught (control)"
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
@@ -481,7 +486,8 @@ def title(facts):
     if facts.get("phase") == "random_mapping":
         return "Random Mapping"
     command = f"{script} --method {a['method']}" if script == "baselines.py" else script
-    return {row[1]: name for name, row in ROWS.items()}.get(command, script.removesuffix(".py"))
+    names = {row[1]: name for name, row in ROWS.items()} | {made: name for name, made in MORE.items()}
+    return names.get(command, script.removesuffix(".py"))
 
 
 def settings(facts, folder):
@@ -551,7 +557,7 @@ def rows_under(root, form):
             run["worst"] = worst_case(run["sweep"]) if swept else None
             key = name, settings(mine or {}, folder), settings(by, known)
             groups.setdefault(key, []).append(run)
-    order, titles, rows = [*ROWS], [key[0] for key in groups], {}
+    order, titles, rows = [*ROWS, *MORE], [key[0] for key in groups], {}
     for key in sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
         name, first = key[0], groups[key][0]
         if titles.count(name) > 1:  # the same method in other settings, or under another attack
@@ -785,7 +791,7 @@ def tables(rows, paper=False):
     best, text = "AdvProbes-5 (IDK, Frz.)", []
     first = {"Adversarial Probes" if name == best else name: runs for name, runs in rows.items()}
     first = {name: runs for name, runs in first.items() if not name.startswith("AdvProbes")}
-    first = {name: first[name] for name in sorted(first, key=[*ROWS, *first].index)}
+    first = {name: first[name] for name in sorted(first, key=[*ROWS, *MORE, *first].index)}
     if "Base" not in first:  # not attacked: its own accuracies alone
         bases = {repr(run["base"]): run["base"] for runs in rows.values() for run in runs}
         bases = [{"base": base, "theta": base, "recovered": None} for base in bases.values()]

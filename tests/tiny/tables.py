@@ -55,6 +55,10 @@ TUNED = {  # tuned methods: script and flags
     "rmat": ("rmat.py",),
     "adv_probes": ("adv_probes.py",),
     "adv_probes_swd": ("adv_probes.py", "--swd"),
+    "grad_diff": ("baselines.py", "--method", "grad_diff"),
+    "npo": ("baselines.py", "--method", "npo"),
+    "simnpo": ("baselines.py", "--method", "simnpo"),
+    "rmu": ("baselines.py", "--method", "rmu"),
 }
 VARIANTS = {  # the other rows of Table 2
     "adv_probes_3_rand": ("adv_probes.py", "--probe-steps", 3, "--match", "rand", "--no-freeze"),
