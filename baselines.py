@@ -81,7 +81,7 @@ TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
 TINY_OF = dict(  # and of each method
     min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
     grad_diff=dict(lr=1e-3), npo=dict(lr=1e-3), simnpo=dict(lr=1e-3),
-    rmu=dict(lr=1e-2, layer=2, steer=150.0), overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
+    rmu=dict(lr=3e-3, layer=2, steer=600.0, weight=10.0), overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
 )
 
 

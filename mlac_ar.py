@@ -42,6 +42,7 @@ A loss of NaN or infinity stops the run before θ is updated, and the weights be
 import argparse
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
@@ -67,6 +68,11 @@ def parse_args(argv=None):
     add("--N", type=int, default=100, help="outer steps (paper: not stated)")
     add("--alpha", type=float, default=1.0, help="weight of φ / K against ∇L(θ; x_r); α_paper = α · η")
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops (Algorithm 1: sgd)")
+    add("--vary", nargs="*", default=[], choices=("rate", "K", "state", "mix"), metavar="WHAT",
+        help="rate K state mix: what each outer step draws anew of its adversary (Algorithm 1: nothing)")
+    add("--objective", default="loss", choices=("loss", "entropy"), help="what φ ascends; TAR: entropy")
+    add("--heal", type=float, default=0.0, help="weight of ∇L(ω_K; x_r), which θ descends too")
+    add("--hold", type=float, default=0.0, help="weight of |h - h_0|² on x_r: TAR's retain loss")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order and the rounding")
@@ -82,6 +88,8 @@ def parse_args(argv=None):
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if args.alpha < 0 or not 0 < args.lr < 1:
         parser.error("--alpha starts at 0; 0 < --lr < 1")
+    if min(args.heal, args.hold) < 0 or (args.heal and not args.alpha):
+        parser.error("--heal and --hold start at 0; --heal needs --alpha above 0")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -95,20 +103,82 @@ if __name__ == "__main__":
 
 import torch
 
-from common import SGD, AdamW, HostCopy, Run, check_finite, next_token_loss
+from common import (
+    SGD, AdamW, HostCopy, Run, check_finite, generator, next_token_loss, residual_streams, token_mean,
+)  # fmt: skip
+
+
+def entropy(logits, targets):
+    """Entropy of each next-token posterior, (n,) nats, from 0 to log V; targets are not read.
+
+    logits  (n, V) float32
+    """
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def draw_attacker(vary, K, seed, i):
+    """The adversary of outer step i: (rate, k, warm, mixed), each drawn anew if `vary` names it.
+
+    rate   factor of η: log-uniform over the decade around 1; else 1
+    k      adversary steps ("K"): uniform from 1 to K; else K
+    warm   its moments ("state"): those of the outer loop, as often as zeros; else zeros
+    mixed  its text ("mix"): half of R, as often as all of F; else all of F
+    """
+    u = torch.rand(4, generator=generator("cpu", seed, "attacker", i)).tolist()
+    rate = 10 ** (u[0] - 0.5) if "rate" in vary else 1.0
+    k = 1 + int(u[1] * K) if "K" in vary else K
+    return rate, k, "state" in vary and u[2] < 0.5, "mix" in vary and u[3] < 0.5
+
+
+def held_streams(model, weight):
+    """TAR's retain loss, as `extra` of mlac_ar: weight · |h - h_0|² on x_r, mean over tokens and layers.
+
+    h, h_0  residual streams (B, T, D) of θ, and of the model as it is now: its weights wait in host memory
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    first, theta = HostCopy(params), HostCopy(params)
+    first.save()
+
+    def streams(ids):
+        with residual_streams(model) as H:
+            model.base_model(input_ids=ids, use_cache=False)
+        return H
+
+    def load(copy):
+        copy.load()
+        for j in range(len(params)):
+            copy.wait(j)
+
+    def extra(i, x_r):
+        ids, mask = x_r
+        theta.save()
+        load(first)
+        with torch.no_grad():
+            H_0 = streams(ids)
+        load(theta)
+        far = [((h.float() - h_0.float()).square().sum(-1) * mask).sum() for h, h_0 in zip(streams(ids), H_0)]
+        return weight * torch.stack(far).mean() / mask.sum()
+
+    return extra
 
 
 def mlac_ar(
-    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", seed=0, log=lambda *_, **__: None
+    model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", vary=(), objective="loss", heal=0.0,
+    extra=None, seed=0, log=lambda *_, **__: None,
 ):  # fmt: skip
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
     forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and, last, x_heldout
-    retain     Stream of B texts
+    retain     Stream of B texts; if vary has "mix" of (K + 1) B: K batches for the adversary and, last, x_r
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
-    seed       of the stochastic rounding to bfloat16
+    vary       what each outer step draws anew of its adversary, see draw_attacker. (): Algorithm 1
+    objective  what φ ascends on x_heldout: "loss", the cross-entropy (Algorithm 1), or "entropy" (TAR)
+    heal       weight of L(ω_K; x_r), which θ descends too. 0: Algorithm 1
+    extra      a further loss at θ, called as extra(i, x_r), or None
+    seed       of the adversaries and the stochastic rounding to bfloat16
     log        called as log(i, N, retain=, adversary=, heldout=, phi=)
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
@@ -116,30 +186,38 @@ def mlac_ar(
     opt = {"adamw": AdamW, "sgd": SGD}[optimizer](params)  # of both loops, in turn
     theta, moments = HostCopy(params), HostCopy(*opt.moments)  # what waits while the model is ω
     opt.wait_for = theta, moments  # before it overwrites a parameter, its copy must be complete
+    heldout_loss = next_token_loss if objective == "loss" else partial(token_mean, loss=entropy)
     model.train()
     for i in range(1, N + 1):
-        ids, mask = forget[i - 1]
-        *x_f, x_heldout = zip(ids.chunk(K + 1), mask.chunk(K + 1))
+        rate, last, warm, mixed = draw_attacker(vary, K, seed, i)
+        *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
+        *x_a, x_r = zip(*(x.chunk(K + 1 if "mix" in vary else 1) for x in retain[i - 1]))
         theta.save()  # from here on the model is ω
         moments.save()
         means = torch.zeros(2, device=model.device)  # over k, to be logged
-        for k in range(1, K + 1):
+        for k in range(1, last + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
-            with opt.in_backward(k, lr, seed, "adversary", i, k):  # φ is set aside
+            if mixed:
+                loss_f = (loss_f + next_token_loss(model, *x_a[k - 1])) / 2
+            with opt.in_backward(k + warm * (i - 1), rate * lr, seed, "adversary", i, k):  # φ is set aside
                 loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
-            loss_h = next_token_loss(model, *x_heldout)
-            with theta.load_in_backward(params) if k == K else nullcontext():  # ω is used no more: θ is back
+            loss_h = heldout_loss(model, *x_heldout)
+            means += torch.stack([loss_f.detach(), loss_h.detach()]) / last
+            if heal and k == last:
+                loss_h = loss_h - heal * last / alpha * next_token_loss(model, *x_r)
+            with theta.load_in_backward(params) if k == last else nullcontext():  # after this ω, θ is back
                 loss_h.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
-            means += torch.stack([loss_f.detach(), loss_h.detach()]) / K
         moments.load()
 
         for p in params:  # .grad = -α/K φ; None where nothing depends on p
-            p.grad = p.grad.mul_(-alpha / K) if alpha and p.grad is not None else None
+            p.grad = p.grad.mul_(-alpha / last) if alpha and p.grad is not None else None
         phi = torch.stack([p.grad.norm() for p in params if p.grad is not None] or [0 * means[0]]).norm()
-        loss_r = next_token_loss(model, *retain[i - 1])  # a further loss at θ: add it here
-        check_finite(i, loss_r, means.sum())
-        loss_r.backward()  # .grad = ∇L(θ; x_r) - α/K φ
+        more = extra(i, x_r) if extra else 0
+        loss_r = next_token_loss(model, *x_r)
+        total = loss_r + more
+        check_finite(i, total, means.sum())
+        total.backward()  # .grad = ∇L(θ; x_r) - α/K φ
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
         log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], phi=phi)
 
@@ -147,11 +225,13 @@ def mlac_ar(
 def main(args):
     run = Run(args)
     model = run.load(args.model)
-    forget, retain = run.streams(forget=(args.K + 1) * args.batch, retain=args.batch)
+    (forget,) = run.streams(forget=(args.K + 1) * args.batch)
+    (retain,) = run.streams(retain=((args.K if "mix" in args.vary else 0) + 1) * args.batch)
     with run.training(tokens=(2 * args.K + 1) * args.batch * args.tokens):
         mlac_ar(
             model, forget, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
-            seed=args.seed, log=run.log,
+            vary=args.vary, objective=args.objective, heal=args.heal,
+            extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, log=run.log,
         )  # fmt: skip
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")

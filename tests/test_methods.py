@@ -8,7 +8,7 @@ import torch
 from conftest import KINDS, Batches, bpe, flat, toy_model
 
 from common import SGD, Stream, decoder_layers, next_token_loss, residual_streams, token_mean
-from mlac_ar import mlac_ar
+from mlac_ar import draw_attacker, held_streams, mlac_ar
 from random_mapping import mapping_loss, random_mapping, random_targets
 from recover import finetune
 
@@ -165,6 +165,86 @@ def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, more, checkpointing
     assert (flat(model) - flat(literal)).abs().max() < 1e-10
     assert (flat(model) - start).abs().max() > 1e-3  # control: it did move
     assert all(p.grad is None for p in model.parameters())
+
+
+def literal_varied_step(model, forget, retain, i, outer, *, K, lr, alpha, vary, objective, heal, hold):
+    """One outer step against a drawn adversary, with entropy objective, healing and TAR's retain loss:
+    deep copies and torch's AdamW. `hold` is (weight, the first model)."""
+    rate, last, warm, mixed = draw_attacker(vary, K, 0, i)
+    omega = copy.deepcopy(model)
+    inner = torch.optim.AdamW(omega.parameters(), weight_decay=0)
+    if warm:
+        inner.load_state_dict(copy.deepcopy(outer.state_dict()))
+    inner.param_groups[0]["lr"] = rate * lr
+    *x_f, heldout = zip(*(x.chunk(K + 1) for x in forget))
+    *x_a, x_r = zip(*(x.chunk(K + 1 if "mix" in vary else 1) for x in retain))
+    phi = [torch.zeros_like(p) for p in model.parameters()]
+    for k in range(last):
+        inner.zero_grad()
+        loss = next_token_loss(omega, *x_f[k])
+        loss = 0.5 * loss + 0.5 * next_token_loss(omega, *x_a[k]) if mixed else loss
+        loss.backward()
+        inner.step()
+        if objective == "entropy":
+            p = omega(heldout[0]).logits[:, :-1][heldout[1][:, 1:]].softmax(-1)
+            held = -(p * p.log()).sum(-1).mean()
+        else:
+            held = next_token_loss(omega, *heldout)
+        phi = [f + g for f, g in zip(phi, torch.autograd.grad(held, list(omega.parameters())))]
+    retained = next_token_loss(model, *x_r)
+    if hold:
+        with residual_streams(model) as H:
+            model(x_r[0])
+        with residual_streams(hold[1]) as H_0:
+            hold[1](x_r[0])
+        far = [(h - h_0.detach())[x_r[1]].square().sum(-1).mean() for h, h_0 in zip(H, H_0)]
+        retained = retained + hold[0] * torch.stack(far).mean()
+    gradient = torch.autograd.grad(retained, list(model.parameters()))
+    healed = [0.0] * len(phi)
+    if heal:
+        healed = torch.autograd.grad(heal * next_token_loss(omega, *x_r), list(omega.parameters()))
+    for p, g, f, h in zip(model.parameters(), gradient, phi, healed):
+        p.grad = g - alpha / last * f + h
+    outer.step()
+
+
+@pytest.mark.parametrize(
+    "vary, objective, heal, hold",
+    [
+        (("rate", "K", "state", "mix"), "loss", 0.0, 0.0),
+        ((), "entropy", 0.0, 0.0),
+        ((), "loss", 0.5, 0.0),
+        ((), "loss", 0.0, 0.3),
+        (("K", "mix"), "entropy", 0.5, 0.3),
+    ],
+)
+def test_outer_steps_against_drawn_adversaries(vary, objective, heal, hold, exact):
+    model = toy_model(dtype=torch.float64)
+    start, literal = flat(model), copy.deepcopy(model)
+    K, N = 3, 4
+    forget, retain = Batches((K + 1) * 3, seed=1), Batches(3 * (K + 1 if "mix" in vary else 1), seed=2)
+    same = dict(K=K, lr=1e-2, alpha=0.7, vary=vary, objective=objective, heal=heal)
+    mlac_ar(model, forget, retain, N=N, extra=held_streams(model, hold) if hold else None, **same)
+    outer, first = torch.optim.AdamW(literal.parameters(), lr=1e-2, weight_decay=0), copy.deepcopy(literal)
+    for i in range(N):
+        literal_varied_step(literal, forget[i], retain[i], i + 1, outer, hold=hold and (hold, first), **same)
+    # where gradients cancel, AdamW magnifies what rounding leaves of them
+    assert (flat(model) - flat(literal)).abs().max() < 1e-5
+    plain = toy_model(dtype=torch.float64)
+    mlac_ar(plain, forget, retain, K=K, lr=1e-2, alpha=0.7, N=N)
+    assert (flat(model) - flat(plain)).abs().max() > 1e-3  # control: the options do something
+    assert (flat(model) - start).abs().max() > 1e-3
+
+
+def test_adversaries_are_drawn_only_where_asked():
+    everything = ("rate", "K", "state", "mix")
+    drawn = [draw_attacker(everything, 8, 0, i) for i in range(400)]
+    rates, steps, warm, mixed = map(torch.tensor, zip(*drawn))
+    assert 0.31 < rates.min() < 0.4 and 2.6 < rates.max() < 3.17 and abs(rates.log().mean()) < 0.1
+    assert set(steps.tolist()) == set(range(1, 9)) and abs(steps.float().mean() - 4.5) < 0.4
+    assert abs(warm.float().mean() - 0.5) < 0.1 and abs(mixed.float().mean() - 0.5) < 0.1
+    assert drawn == [draw_attacker(everything, 8, 0, i) for i in range(400)]
+    assert {draw_attacker((), 8, 0, i) for i in range(9)} == {(1.0, 8, False, False)}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

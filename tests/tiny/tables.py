@@ -134,11 +134,27 @@ def scores(folder, form="cloze"):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def facts(folder, seen_from=None):
+    """A run's args.json, its relative paths absolute, or relative to `seen_from`."""
+
+    def there(value):
+        if isinstance(value, dict):
+            return {k: there(v) for k, v in value.items()}
+        if not str(value).startswith(".."):
+            return value
+        path = (Path(folder) / value).resolve()
+        return os.path.relpath(path, seen_from) if seen_from else str(path)
+
+    return there(json.loads((Path(folder) / "args.json").read_text()))
+
+
 def copy(source, target):
     """A directory without its attacks, whole or not at all."""
     draft = target.with_suffix(".draft")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft, ignore=shutil.ignore_patterns("recovered*"))
+    if (source / "args.json").exists():
+        (draft / "args.json").write_text(json.dumps(facts(source, target), indent=1) + "\n")
     draft.rename(target)
 
 
@@ -203,7 +219,7 @@ class Tables:
         taken, there = self.cell(method, setting), self.out / "world0" / method
         if not (there / "args.json").exists():
             copy(taken, there)
-        elif (taken / "args.json").read_bytes() != (there / "args.json").read_bytes():
+        elif facts(taken) != facts(there):
             raise SystemExit(f"tables.py: {there} is of another setting; delete it and what started from it")
         return setting
 
