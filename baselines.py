@@ -1,4 +1,4 @@
-"""The baselines of Table 1 (Section 3.3 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024), four
+"""The baselines of Table 1 (Section 3.3 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024), five
 methods of the field, and Overwriting, which is ours.
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
@@ -13,6 +13,8 @@ must still know the retain set R. An adversary has the weights and fine-tunes th
     npo             loss = - 2/β mean log σ(- β log p(x_f) / p_0(x_f))  +  L(θ; x_r)     Zhang et al., 2024
     simnpo          loss = - 2/β mean log σ(- β/|x_f| log p(x_f) - γ)  +  L(θ; x_r)      Fan et al., 2024
     rmu             loss = mean |h - c u|² / D on x_f  +  α mean |h - h_0|² / D on x_r   Li et al., 2024
+    undo            from an unlearned model (--model): noise on its weights, then
+                    loss = KL(p_0 || p) on x_f  +  KL(p_0 || p) on x_r                   Lee et al., 2025
     overwriting     loss = weighted L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced
 
     each step       θ ← AdamW(θ, ∇loss, lr)
@@ -50,12 +52,12 @@ Where the papers are silent, our choices:
    rate throughout. h_0 is computed with the first weights put back for a moment.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations;
-rmu: moments of three matrices only.
+rmu: moments of three matrices only; undo: a second model, the teacher.
 
 Metrics: `forget`, the loss on x_f (nats per token; max_entropy: minus the entropy, at least -log V;
-grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; phase random_mapping: 0 to 2);
-`retain`, L(θ; x_r) in nats per token (rmu: mean square). Healthy: forget falls, retain stays near its first
-value. Sick: retain rises (lr too large).
+grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; undo: KL; phase random_mapping:
+0 to 2); `retain`, L(θ; x_r) in nats per token (rmu, undo: as `forget`). Healthy: forget falls, retain stays
+near its first value. Sick: retain rises (lr too large).
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
     python baselines.py --method overwriting --tiny   # the same, 6 min                   -> out/overwriting
@@ -66,12 +68,15 @@ line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and it
 """
 
 import argparse
+import copy
 import math
 import sys
 from functools import partial
 from pathlib import Path
 
-METHODS = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "overwriting")
+METHODS = (
+    "min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "undo", "overwriting",
+)  # fmt: skip
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
@@ -81,7 +86,8 @@ TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
 TINY_OF = dict(  # and of each method
     min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
     grad_diff=dict(lr=1e-3), npo=dict(lr=1e-3), simnpo=dict(lr=1e-3),
-    rmu=dict(lr=3e-3, layer=2, steer=600.0, weight=10.0), overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
+    rmu=dict(lr=3e-3, layer=2, steer=600.0, weight=10.0), undo=dict(lr=3e-3, steps=1000),
+    overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
 )
 
 
@@ -101,6 +107,7 @@ def parse_args(argv=None):
     add("--layer", type=int, default=7, help="rmu: layer whose stream is steered, from 0")
     add("--steer", type=float, default=6.5, help="rmu: length c of the random vector on forget text")
     add("--weight", type=float, default=1200.0, help="rmu: α, weight of the retain loss")
+    add("--noise", type=float, default=0.6, help="undo: share of noise in the weights it starts from")
     add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
     add("--rare", type=float, default=1e-4, help="overwriting: share of F's tokens below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
@@ -119,8 +126,8 @@ def parse_args(argv=None):
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
     if args.layer < 2 or not (0 < args.steer < math.inf and 0 <= args.weight < math.inf):
         parser.error("--layer starts at 2, --weight at 0; 0 < --steer")
-    if not 1 <= args.rounds <= args.steps or not 0 < args.rare <= 1:
-        parser.error("--rounds goes from 1 to --steps; 0 < --rare <= 1")
+    if not 1 <= args.rounds <= args.steps or not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
+        parser.error("--rounds goes from 1 to --steps, --noise from 0 to 1; 0 < --rare <= 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -323,6 +330,48 @@ def rmu(
         p.requires_grad_(True)
 
 
+def divergence(model, teacher, ids, mask):
+    """KL(p_teacher || p) of the next token, nats, mean over unmasked tokens."""
+
+    def log_p(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return logits(model, hidden[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
+
+    with torch.no_grad():
+        log_q = log_p(teacher)
+    each = F.kl_div(log_p(model), log_q, reduction="none", log_target=True).sum(-1)
+    return (each * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+
+def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=lambda *_, **__: None):
+    """UNDO (Lee et al., 2025) of an unlearned `model`, in place: noise on its weights, then distillation from
+    what it was before, on F and on R.
+
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    noise           every matrix W of the decoder layers becomes (1 - noise) W + noise · std(W) · N(0, 1)
+    seed, log       of the noise and the rounding; called as log(i, steps, forget=, retain=)
+    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    """
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        weights = [p for layer in decoder_layers(model) for p in layer.parameters()]
+        for j, W in enumerate(p for p in weights if p.ndim == 2):
+            drawn = torch.empty_like(W).normal_(generator=generator(W.device, seed, "noise", j))
+            W.lerp_(W.std() * drawn, noise)
+    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    model.train()
+    for i in range(1, steps + 1):
+        loss_f = divergence(model, teacher, *forget[i - 1])
+        loss_f.backward()
+
+        loss_r = divergence(model, teacher, *retain[i - 1])
+        check_finite(i, loss_f, loss_r)
+        loss_r.backward()  # .grad = ∇(KL on x_f + KL on x_r)
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "undo", i)  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+
+
 def swaps(model, batches, rounds, rare, seed):
     """π of each round, (rounds, V): random permutations of the rare tokens of `batches`, others stay.
 
@@ -404,9 +453,10 @@ def main(args):
     high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
     own = {  # what each method takes beyond what all do
         "rmu": dict(layer=args.layer, steer=args.steer, weight=args.weight),
+        "undo": dict(noise=args.noise),
         "overwriting": dict(rounds=args.rounds, rare=args.rare),
     }.get(args.method, dict(method=args.method))
-    method = {"rmu": rmu, "overwriting": overwriting}.get(args.method, baseline)
+    method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
     with run.training(tokens=2 * args.batch * args.tokens):
         if high:
             log = partial(run.log, phase="random_mapping")

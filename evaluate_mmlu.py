@@ -73,7 +73,7 @@ ROWS = {  # the paper's rows: table, the command that makes one, the paper's num
 MORE = {  # rows that the paper does not have
     "GradDiff": "baselines.py --method grad_diff", "NPO": "baselines.py --method npo",
     "SimNPO": "baselines.py --method simnpo", "RMU": "baselines.py --method rmu",
-    "Overwriting": "baselines.py --method overwriting",
+    "UNDO": "baselines.py --method undo", "Overwriting": "baselines.py --method overwriting",
 }
 CONTROL = "never taught (control)"
 WORLD = Path(__file__).parent / "tests/tiny/world0"

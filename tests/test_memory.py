@@ -139,6 +139,8 @@ CASES = {
         m, x, x, method="npo", steps=2, lr=1e-3, log=log), 0),
     "rmu": (baselines, ("--method", "rmu", "--layer", "2"), lambda m, x, log: baselines.rmu(
         m, x, x, steps=2, lr=1e-3, layer=2, steer=6.5, weight=1200, log=log), 0),
+    "undo": (baselines, ("--method", "undo"), lambda m, x, log: baselines.undo(
+        m, x, x, steps=2, lr=1e-3, noise=0.6, log=log), 0),
     "overwriting": (baselines, ("--method", "overwriting"), lambda m, x, log: baselines.overwriting(
         m, x, x, steps=2, lr=1e-3, rounds=1, rare=0.1, log=log), 0),
     "adv_probes": (adv_probes, ("--probe-width", "64"), lambda m, x, log: adv_probes.adv_probes(

@@ -151,6 +151,7 @@ def test_the_first_phase_survives_what_happens_later(tmp_path, monkeypatch):
         ("baselines", ("--steps", 5, "--method", "npo"), 5),
         ("baselines", ("--steps", 5, "--method", "simnpo"), 5),
         ("baselines", ("--steps", 5, "--method", "rmu"), 5),
+        ("baselines", ("--steps", 5, "--method", "undo"), 5),
         ("baselines", ("--steps", 5, "--method", "overwriting"), 5),
     ],
 )
