@@ -50,6 +50,7 @@ Where the papers are silent, our choices:
 5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
    matrix of the MLP in that layer and the two before. Theirs are 150 steps at 5e-5 with a batch of 4, one
    rate throughout. h_0 is computed with the first weights put back for a moment.
+6) UNDO: the noise has the standard deviation of the weights it goes on, the matrices of the decoder layers.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations;
 rmu: moments of three matrices only; undo: a second model, the teacher.

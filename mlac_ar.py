@@ -33,6 +33,14 @@ means over k; and `phi`, ‖α/K φ‖, to compare with other runs. Healthy: hel
 above log V (chance), and retain stays. Sick: retain rises (lr or α too large); phi is 0 (α is 0) or falls to
 nothing, and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
 
+Beyond the paper, off by default: `--vary` draws the adversary of each outer step anew: its rate, its number
+of steps, whether its moments are fresh, whether half of its text is of R, as a patient attacker's is.
+`--objective entropy` and `--hold` are TAR's losses (Tamirisa et al., 2024b): φ ascends the entropy of what ω
+predicts on x_heldout, and the residual streams on x_r are held where they were before training; TAR is about
+`--objective entropy --hold 1 --alpha 4 --vary rate --K 64`. `--heal` adds L(ω_K; x_r) to what θ descends, so
+that an attack does not look robust because it destroys the model. `--hold` keeps two more copies of the
+weights in host memory, 27 GB for 7B.
+
 A loss of NaN or infinity stops the run before θ is updated, and the weights before that step are saved.
 
     python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar

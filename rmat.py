@@ -11,7 +11,9 @@ and then trains against the adversary.
 The functions are word for word those of random_mapping.py and mlac_ar.py, whose docstrings have the
 algorithms, the symbols and our choices. Here one more:
 
-1) The mapping loss is not kept in the second phase ("followed by").
+1) The mapping loss is not kept in the second phase ("followed by"), unless `--mapping` gives it a weight.
+
+Beyond the paper, off by default: `--vary`, `--objective`, `--heal` and `--hold`, see mlac_ar.py.
 
 The result of the first phase is saved as a checkpoint of its own, OUT/random_mapping: nothing that goes wrong
 later loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
