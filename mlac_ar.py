@@ -101,7 +101,7 @@ def parse_args(argv=None):
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
-        args.N, args.K = 1, min(args.K, 2)  # more steps hold no more
+        args.N, args.K = 8 if args.vary else 1, min(args.K, 2)  # more steps hold no more
     return args
 # fmt: on
 

@@ -86,7 +86,8 @@ def parse_args(argv=None):
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
-        args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
+        args.rm_steps, args.K = min(args.rm_steps, 1), min(args.K, 2)  # more steps hold no more
+        args.N = 8 if args.vary else 1  # one of the adversaries drawn trains on both kinds of text
     return args
 # fmt: on
 
