@@ -61,7 +61,7 @@ grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; undo:
 near its first value. Sick: retain rises (lr too large).
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
-    python baselines.py --method overwriting --tiny   # the same, 6 min                   -> out/overwriting
+    python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
 A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its

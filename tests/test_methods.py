@@ -221,7 +221,7 @@ def literal_varied_step(model, forget, retain, i, outer, *, K, lr, alpha, vary, 
 def test_outer_steps_against_drawn_adversaries(vary, objective, heal, hold, exact):
     model = toy_model(dtype=torch.float64)
     start, literal = flat(model), copy.deepcopy(model)
-    K, N = 3, 4
+    K, N = 3, 8  # of seed 0, steps 5 and 8 have warm moments, 4, 6 and 8 mixed text
     forget, retain = Batches((K + 1) * 3, seed=1), Batches(3 * (K + 1 if "mix" in vary else 1), seed=2)
     same = dict(K=K, lr=1e-2, alpha=0.7, vary=vary, objective=objective, heal=heal)
     mlac_ar(model, forget, retain, N=N, extra=held_streams(model, hold) if hold else None, **same)
