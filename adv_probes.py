@@ -41,8 +41,10 @@ forget stays at 0 (probe_lr too small) or retain rises (lr too large).
 """
 
 import argparse
+import math
 import random
 import string
+import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -90,6 +92,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     argv = sys.argv[1:] if argv is None else argv
@@ -98,10 +101,14 @@ def parse_args(argv=None):
     if "--tiny" in argv:
         parser.set_defaults(**TINY | ({"lr": 1e-3, "steps": 100} if "--swd" in argv else {}))
     args = parser.parse_args(argv)
+    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
+        parser.error("a number is nan or inf")
+    if min(args.seed, args.save_every) < 0:
+        parser.error("--seed and --save-every start at 0")
     if min(args.steps, args.batch, args.log_every, args.probe_steps) < 1 or args.tokens < 2:
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")
-    if args.probe_width < 4 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
-        parser.error("--probe-width starts at 4; 0 < --lr, --probe-lr < 1")
+    if not 4 <= args.probe_width <= 1 << 16 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
+        parser.error("--probe-width goes from 4 to 65536; 0 < --lr, --probe-lr < 1")
     given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
@@ -114,14 +121,15 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 import torch.nn.functional as F
 
 from common import (
-    AdamW, Run, Stream, check_finite, decoder_layers, fail, generator, next_token_loss, residual_streams,
-    seed_of,
+    AdamW, Run, Stream, all_steps, check_finite, decoder_layers, fail, generator, next_token_loss, no_log,
+    residual_streams, seed_of,
 )  # fmt: skip
 
 
@@ -203,9 +211,19 @@ def frozen(params):
             p.requires_grad_(True)
 
 
+def make_state(optimizer):
+    """The tensors of an optimizer of torch, lists of parameters and of state, which a step on gradients of 0
+    makes; it moves nothing."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return params, [x for p in params for x in optimizer.state[p].values()]
+
+
 def adv_probes(
     model, forget, retain, match, *, steps, lr, probe_steps=5, probe_lr=5e-5, probe_width=1024, freeze=True,
-    seed=0, log=lambda *_, **__: None,
+    seed=0, log=no_log, steps_left=all_steps,
 ):  # fmt: skip
     """Adversarial Probes (3.4, A.2) on `model`, in place.
 
@@ -215,17 +233,20 @@ def adv_probes(
     probe_*         probe steps per model step; their learning rate; their first hidden width
     freeze          keep embedding and output head as they are
     seed, log       of probes, noise and rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight] if freeze else []
+    own = ()  # what the probes add to the state
     if match is not None:
         D = model.get_input_embeddings().weight.shape[1]
         probes = make_probes(len(decoder_layers(model)), D, probe_width, seed).to(model.device)
         probe_opt = torch.optim.RMSprop(probes.parameters(), lr=probe_lr)
+        own = make_state(probe_opt)
     model.train()
     with frozen(ends):
         opt = AdamW(p for p in model.parameters() if p.requires_grad)
-        for i in range(1, steps + 1):
+        for i in steps_left(steps, *opt.moments, *own):
             ids, mask = forget[i - 1]
             with residual_streams(model) as H_f:
                 model.base_model(input_ids=ids, use_cache=False)
@@ -270,7 +291,7 @@ def main(args):
         adv_probes(
             model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
             probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, seed=args.seed,
-            log=run.log,
+            **run.hooks(),
         )  # fmt: skip
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")

@@ -71,6 +71,7 @@ line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and it
 import argparse
 import copy
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -117,12 +118,17 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY | TINY_OF[parser.parse_known_args(argv)[0].method])
     args = parser.parse_args(argv)
-    args.out = args.out or f"out/{args.method}"
+    args.out = f"out/{args.method}" if args.out is None else args.out
+    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
+        parser.error("a number is nan or inf")
+    if min(args.seed, args.save_every) < 0:
+        parser.error("--seed and --save-every start at 0")
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
     if args.layer < 2 or not (0 < args.steer < math.inf and 0 <= args.weight < math.inf):
@@ -138,6 +144,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
@@ -145,8 +152,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    AdamW, Run, check_finite, decoder_layers, fail, generator, logits, next_token_loss, residual_streams,
-    token_losses, token_mean,
+    AdamW, Run, all_steps, check_finite, decoder_layers, fail, generator, logits, next_token_loss, no_log,
+    residual_streams, token_losses, token_mean,
 )  # fmt: skip
 
 
@@ -202,20 +209,21 @@ def text_log_probs(model, ids, mask):
     return -losses.sum(1), mask[:, 1:].sum(1)
 
 
-def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=lambda *_, **__: None):
+def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, steps_left=all_steps):
     """A baseline (3.3) of `model`, in place: a loss on F and the next-token loss on R.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
     method          a key of LOSSES; any other, "high_low_lr": the next-token loss, its second phase
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     seed, log       of the rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     with torch.no_grad():  # by the model before training, on the texts to come: no second model
         before = [text_log_probs(model, *forget[i])[0] for i in range(steps if method == "npo" else 0)]
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         if method in TEXT_LOSSES:
             log_p, n = text_log_probs(model, *forget[i - 1])
             loss_f = TEXT_LOSSES[method](log_p, n, before[i - 1] if before else None).mean()
@@ -253,18 +261,19 @@ def mapping_loss(H, targets, mask):
     return torch.stack(losses).mean()
 
 
-def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
+def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     r = random_targets(model, seed)  # (V, D)
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         ids, mask = forget[i - 1]
         with residual_streams(model) as H:
             model.base_model(input_ids=ids, use_cache=False)
@@ -280,7 +289,7 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, *
 
 
 def rmu(
-    model, forget, retain, *, steps, lr, layer, steer, weight, seed=0, log=lambda *_, **__: None
+    model, forget, retain, *, steps, lr, layer, steer, weight, seed=0, log=no_log, steps_left=all_steps
 ):  # fmt: skip
     """RMU (Li et al., 2024) of `model`, in place: on x_f the stream of one layer is steered to one random
     vector, on x_r it is held where it was.
@@ -290,12 +299,11 @@ def rmu(
     layer           l, from 0; the last matrices of the MLPs in layers l - 2, l - 1 and l are trained
     steer, weight   c, length of the vector; α, of the retain loss
     seed, log       of the vector and the rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     linear = [[m for m in l.modules() if isinstance(m, torch.nn.Linear)] for l in decoder_layers(model)]
     trained = [of_layer[-1].weight for of_layer in linear[layer - 2 : layer + 1]]
-    if len(linear) <= layer:
-        fail(f"--layer {layer}: the model has layers 0 to {len(linear) - 1}")
     others = [p for p in model.parameters() if p.requires_grad and not any(p is w for w in trained)]
     for p in others:
         p.requires_grad_(False)
@@ -311,7 +319,7 @@ def rmu(
         return ((h - target).square().mean(-1) * mask).sum() / mask.sum(), h.detach()
 
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         loss_f, _ = distance(target, *forget[i - 1])
         loss_f.backward()
 
@@ -344,7 +352,7 @@ def divergence(model, teacher, ids, mask):
     return (each * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
-def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=lambda *_, **__: None):
+def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=no_log, steps_left=all_steps):
     """UNDO (Lee et al., 2025) of an unlearned `model`, in place: noise on its weights, then distillation from
     what it was before, on F and on R.
 
@@ -352,6 +360,7 @@ def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=lambda *_, **__
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     noise           every matrix W of the decoder layers becomes (1 - noise) W + noise · std(W) · N(0, 1)
     seed, log       of the noise and the rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     teacher = copy.deepcopy(model).requires_grad_(False)
@@ -362,7 +371,7 @@ def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=lambda *_, **__
             W.lerp_(W.std() * drawn, noise)
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         loss_f = divergence(model, teacher, *forget[i - 1])
         loss_f.backward()
 
@@ -412,7 +421,7 @@ def false_text(model, ids, mask, pi):
 
 
 def overwriting(
-    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, seed=0, log=lambda *_, **__: None
+    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, seed=0, log=no_log, steps_left=all_steps
 ):  # fmt: skip
     """Overwriting of `model`, in place: the next-token loss on false text of F and on R.
 
@@ -422,6 +431,7 @@ def overwriting(
     rare            share of F's tokens below which a token is rare; only these are permuted
     rest            weight of the tokens of F that were not replaced, against 1 of those that were
     seed, log       of permutations and rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     batches = [forget[i] for i in range(steps)]
@@ -433,7 +443,7 @@ def overwriting(
     ]
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         (ids, mask), x = batches[i - 1], false[i - 1]
         weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
         losses = token_losses(model, x, mask, partial(F.cross_entropy, reduction="none"))
@@ -458,12 +468,14 @@ def main(args):
         "overwriting": dict(rounds=args.rounds, rare=args.rare),
     }.get(args.method, dict(method=args.method))
     method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
+    if args.method == "rmu" and args.layer >= (depth := len(decoder_layers(model))):
+        fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
     with run.training(tokens=2 * args.batch * args.tokens):
         if high:
-            log = partial(run.log, phase="random_mapping")
-            random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, seed=args.seed, log=log)
-        log, more = partial(run.log, phase=args.method), dict(lr=args.lr, seed=args.seed, **own)
-        method(model, forget, retain, steps=args.steps - high, log=log, **more)
+            more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.hooks("random_mapping"))
+            random_mapping(model, forget, retain, **more)
+        more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.hooks(args.method))
+        method(model, forget, retain, **own, **more)
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")
 

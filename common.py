@@ -11,6 +11,8 @@ Robust Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a func
 step), not of earlier draws.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,13 +22,14 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import sys
 import sysconfig
 import time
 import weakref
 import zipfile
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
 from transformers.utils import logging as hf_logging
@@ -48,8 +53,11 @@ from transformers.utils import logging as hf_logging
 
 
 def fail(message):
-    """Ends the program with exit status 2 and one line on standard error: the fault and its remedy."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    """Ends the program with exit status 2 and one line on standard error: the fault and its remedy. What
+    files say may be in it, so control characters are escaped."""
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -72,6 +80,35 @@ def generator(device, *key):
     return None if meta else torch.Generator(device).manual_seed(seed_of(*key))
 
 
+def check_model(name, flag="--model"):
+    """Ends the program if a directory is no model: all that can be seen without loading it. name, flag: see
+    load_model."""
+    folder, is_hub = Path(name), re.fullmatch(r"[^./~][^/]*/[^/]+", str(name))
+    if not name or not (folder.is_dir() or (is_hub and not folder.exists())):
+        fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").exists():
+        merge = "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
+        fail(f"{flag} {name}: a LoRA adapter, no model; merge it into its base first (peft: {merge})")
+    if not (folder / "config.json").exists():
+        fail(f"{flag} {name}: no config.json, so no finished checkpoint; run its script (again)")
+    files = [*folder.glob("*.safetensors")]
+    if not files and [*folder.glob("*.bin")]:
+        convert = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        fail(f"{flag} {name}: .bin weights are pickles, which can run code; if you trust them: {convert}")
+    try:
+        if "quantization_config" in json.loads((folder / "config.json").read_text()):
+            fail(f"{flag} {name}: quantized weights cannot be trained; use the model they were made from")
+        for file in files:
+            with safe_open(file, "pt") as f:
+                kinds = {f.get_slice(key).get_dtype() for key in f.keys()}
+            if others := kinds - {"F64", "F32", "F16", "BF16", "BOOL", "I64"}:  # the last two: masks, places
+                fail(f"{flag} {name}: {file.name} has weights in {min(others)}; give them in bf16 or float32")
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"{flag} {name}: cannot be loaded ({error!r:.200}); is the download complete?")
+
+
 def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     """A causal language model, in eval mode, and its tokenizer; one that cannot be used ends the program.
 
@@ -82,25 +119,23 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     meta    only the config is read: the model is on the meta device, and there is no tokenizer
     """
     configure_libraries()
-    local, has_gpu = Path(name).is_dir(), torch.cuda.is_available()
-    if not local and (Path(name).exists() or name.count("/") != 1 or name[0] in "./~"):
-        fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
-    if local and (Path(name) / "adapter_config.json").exists():
-        merge = "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
-        fail(f"{flag} {name}: a LoRA adapter, no model; merge it into its base first (peft: {merge})")
-    if local and not (Path(name) / "config.json").exists():
-        fail(f"{flag} {name}: no config.json, so no finished checkpoint; run its script (again)")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        fail(f"--device {device}: use auto, cuda, cuda:N or cpu")
+    if not meta or not (Path(name) / "config.json").exists():  # a dry run needs the config alone
+        check_model(name, flag)
+    has_gpu = torch.cuda.is_available()
     where = torch.device(("cuda" if has_gpu else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not has_gpu and not meta:
         fail(f"--device {device}: no GPU is visible here; use --device cpu, or --tiny for the miniature")
     if where.index and has_gpu:
+        if where.index >= (n := torch.cuda.device_count()):
+            fail(f"--device {device}: {n} GPUs are visible, cuda:0 to cuda:{n - 1}; use one of them")
         torch.cuda.set_device(where)  # where streams and events are made
-    if local and not [*Path(name).glob("*.safetensors")] and [*Path(name).glob("*.bin")] and not meta:
-        convert = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
-        fail(f"{flag} {name}: .bin weights are pickles, which can run code; if you trust them: {convert}")
+    safe = {"trust_remote_code": False}  # a checkpoint is data
     try:
+        config = AutoConfig.from_pretrained(name, **safe)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **safe)
         if large := (model.num_parameters() > 2e9 and device == "auto" and not has_gpu):
             where = torch.device("cuda")
         dtype = getattr(torch, dtype if dtype != "auto" else "float32" if where.type == "cpu" else "bfloat16")
@@ -109,22 +144,60 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         if large:
             size = f"{model.num_parameters() / 1e9:.1f} G parameters"
             fail(f"{flag} {name}: {size} need a GPU and none is visible; use --device cpu, or --tiny")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        more = {"use_safetensors": True, "output_loading_info": True}
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        more = {"use_safetensors": True, "output_loading_info": True, **safe}
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
     except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds
         remedy = "no such directory; for a hub model accept its licence on its page and run `hf auth login`"
-        if local:
+        if Path(name).is_dir():
             remedy = "is the download complete? it needs config.json, model*.safetensors, a tokenizer"
         fail(f"{flag} {name}: cannot be loaded ({error!r:.200}); {remedy}")
     if lacking := info["missing_keys"]:
         fail(f"{flag} {name}: {len(lacking)} weights missing ({min(lacking)}, ...); complete the download")
-    if len(tokenizer) > (V := model.get_input_embeddings().weight.shape[0]):
-        fail(f"{flag} {name}: its tokenizer has {len(tokenizer)} tokens, the model {V}; use the model's own")
+    depth = config.get_text_config().num_hidden_layers
+    found = [(int(n), key) for key in info["unexpected_keys"] for n in re.findall(r"\.(\d+)\.", key)[:1]]
+    if further := [key for n, key in found if n >= depth]:
+        fail(
+            f"{flag} {name}: config.json says {depth} layers, the weights have {min(further)}; use their own"
+        )
+    V, n = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if not V / 2 <= n <= V:
+        fail(f"{flag} {name}: its tokenizer has {n} tokens, the model {V}; use the model's own")
     model.to(where)
-    if bad := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
-        fail(f"{flag} {name}: {bad[0]} contains NaN or infinity; use an earlier checkpoint")
-    return model.eval(), tokenizer
+    if bad := not_finite(model):
+        fail(f"{flag} {name}: {bad} contains NaN or infinity; use an earlier checkpoint")
+    check_forward(model.eval(), f"{flag} {name}")
+    return model, tokenizer
+
+
+def not_finite(model):
+    """Name of the first parameter that contains NaN or infinity, or None."""
+    return next((key for key, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+
+
+@torch.inference_mode()
+def check_forward(model, what):
+    """Ends the program if log-probabilities as they are computed here are not the model's own.
+
+    Two texts with the same beginning are scored with score_rows, and their losses computed with token_losses;
+    both are compared with the model's forward pass. A head that is not known here, a state that is no cache
+    of keys and values, or a model that looks ahead makes them differ.
+    """
+    texts = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=model.device)
+    targets = list(range(1, 9))
+    try:
+        own = [model(ids[None], use_cache=False).logits[0].float().log_softmax(-1).cpu() for ids in texts]
+        rows = [Row(b, ids.tolist(), 5, [targets, targets]) for b, ids in enumerate(texts)]
+        pairs = [(torch.tensor(x), own[b][5:7, targets].sum(0)) for b, x in score_rows(model, rows)]
+        each = token_losses(model, texts, texts > 0, partial(F.cross_entropy, reduction="none"))
+        pairs += [
+            (x.cpu(), -p[:-1].gather(-1, ids[1:, None].cpu())[:, 0]) for x, p, ids in zip(each, own, texts)
+        ]
+    except Exception as error:  # of a model of another kind: any
+        fail(f"{what}: {type(model).__name__} is not supported ({error!r:.100}); use a Llama-like model")
+    if (far := max(float((x - y).norm() / y.norm()) for x, y in pairs)) > 0.05:  # bf16 rounds by 0.01
+        why = f"its log-probabilities as computed here differ from its own by {100 * far:.0f} %"
+        fail(f"{what}: {type(model).__name__} is not supported ({why}); use a Llama-like model")
 
 
 def local_path(folder, value):
@@ -133,11 +206,48 @@ def local_path(folder, value):
     return os.path.relpath(path) if value and path.exists() else value
 
 
+def write_text(path, text):
+    """Writes `text` completely or not at all."""
+    draft = Path(f"{path}.{os.getpid()}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def write_json(path, value):
     """Writes `value` completely or not at all."""
-    draft = Path(path).with_suffix(".draft")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def land(draft, folder, last=("config.json", "args.json")):
+    """Moves the files of the directory `draft` to `folder` when all are on the disk, those in `last` at the
+    end: what looks complete is complete."""
+    files = [file for file in draft.rglob("*") if file.is_file()]
+    os.umask(mask := os.umask(0))
+    for file in sorted(files, key=lambda file: last.index(file.name) if file.name in last else -1):
+        file.chmod(0o666 & ~mask)  # weights are written as 0600
+        with open(file) as f:
+            os.fsync(f.fileno())
+        there = folder / file.relative_to(draft)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(there)
+    shutil.rmtree(draft)
+
+
+LOCKS = {}  # path: the open file that holds the lock
+
+
+def locked(path):
+    """Takes the lock file `path` for as long as this process lives; False if another process has it."""
+    if path in LOCKS:
+        return True
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+    LOCKS[path] = file  # a file system without locks: none are asked for
+    return True
 
 
 def peak_bytes():
@@ -148,34 +258,96 @@ def peak_bytes():
 
 
 PATHS = set("model ckpt base data forget retain recovery mmlu questions out".split())  # flags
+FREE = set("out name device log_every save_every only shard keep_weights".split())  # do not change the result
+
+
+def differs(folder, known, args):
+    """The first flag in which a run that was begun in `folder` with the arguments `known` differs from args,
+    or None. Paths in `known` are relative to the folder, see Run.portable."""
+
+    def plain(value):
+        if not isinstance(value, str) or not value:
+            return str(value)
+        path = Path(local_path(folder, value))
+        return str(path.resolve()) if path.is_absolute() or path.exists() else value
+
+    flags = sorted(vars(args).keys() - FREE)
+    return next((k for k in flags if plain(known.get(k)) != plain(vars(args)[k])), None)
+
+
+def no_log(*_, **__):
+    """Logs nothing: what a method does by itself, see Run.log."""
+
+
+def all_steps(steps, *state):
+    """1 .. steps: what a method does by itself, see Run.steps_left."""
+    return range(1, steps + 1)
 
 
 class Run:
     """One run of a script: loads model and data, keeps the log, writes the checkpoint directory args.out.
 
-    args  parsed flags; read here: out, data, tokens, seed, dtype, device, log_every, dry_run, tiny
+    args  parsed flags; read are data, device, dry_run, dtype, log_every, out, save_every, seed, tiny, tokens
 
-    With args.dry_run the same calls run the script on the meta device (tensors with shapes and no data)
-    while its memory is counted: `training` prints it and ends the program.
+    What is needed to go on after the program was cut off is in OUT/state until the run is done: run.json, its
+    arguments, and the last saved state. With args.dry_run the same calls run the script on the meta device
+    (tensors with shapes and no data) while its memory is counted: `training` prints it and ends the program.
     """
 
     def __init__(self, args):
-        self.args, self.out, self.start, self.clock = args, Path(args.out), time.time(), {}
-        self.live, self.between, self.texts = None, 0, None
-        if (self.out / "args.json").exists() and not args.dry_run:
-            fail(f"--out {self.out} is a finished run; choose another --out, or delete that directory first")
-        if self.out.exists() and not self.out.is_dir():
-            fail(f"--out {self.out} is a file; choose a directory")
+        self.args, self.out, self.state = args, Path(args.out), Path(args.out) / "state"
+        self.start, self.clock, self.last_saved, self.kept = time.time(), {}, time.time(), {"done": {}}
+        self.live, self.between, self.texts, self.stop, self.disk = None, 0, None, None, 0
+        if not args.dry_run:
+            try:
+                self.check_out()
+            except OSError as error:
+                fail(f"--out {str(self.out):.80}: {error.strerror}; choose another directory")
         if torch.cuda.is_available() and args.device != "cpu":
             header = Path(sysconfig.get_paths()["include"]) / "Python.h"
             compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
             if not header.exists() or not any(compilers):  # the update rule is compiled for the GPU
                 fail("no C compiler or no Python.h; install them (Debian: apt install gcc python3-dev)")
 
+    def check_out(self):
+        """Only a new directory is written into, or one where this run was cut off."""
+        begun, remedy = self.state / "run.json", "choose another --out, or delete that directory first"
+        if not self.args.out or (self.out.exists() and not self.out.is_dir()):
+            fail(f"--out {self.out}: not a directory; choose another --out")
+        if (self.out / "args.json").exists():
+            fail(f"--out {self.out} is a finished run; {remedy}")
+        if not begun.exists():
+            if self.out.exists() and {path.name for path in self.out.iterdir()} - {"state"}:
+                fail(f"--out {self.out}: not empty, and no run was cut off there; choose another --out")
+            return
+        try:
+            known = json.loads(begun.read_text())
+            script, flag = known["script"], differs(self.out, known["arguments"], self.args)
+            for folder in self.saves():  # the last is newest
+                self.kept = json.loads((folder / "facts.json").read_text()) | {"folder": folder}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fail(f"--out {self.out}: {self.state} is broken; {remedy}")
+        if flag or script != Path(sys.argv[0]).name:
+            what = f"with another --{flag.replace('_', '-')}" if flag else f"by {script}"
+            fail(f"--out {self.out} was begun {what}; {remedy}")
+        self.lock()
+
+    def saves(self):
+        """Folders of complete saves, oldest first; there are two while the older one is being removed."""
+        return sorted(path.parent for path in self.state.glob("[0-9]*/facts.json"))
+
+    def lock(self):
+        if not locked(self.state / "lock"):
+            fail(f"--out {self.out}: another process is writing there; wait for it, or choose another --out")
+
     def load(self, name, flag="--model"):
         """The model of a checkpoint directory or hub name, with activation checkpointing on a GPU."""
-        facts, args, self.name = Path(name) / "args.json", self.args, name
-        known = json.loads(facts.read_text()) if facts.exists() else {}
+        args, self.name = self.args, name
+        try:
+            facts = Path(name) / "args.json"
+            known = dict(json.loads(facts.read_text())) if facts.exists() else {}
+        except (ValueError, TypeError, OSError) as error:
+            fail(f"{flag} {name}: args.json cannot be read ({error}); delete it if the model is not ours")
         self.base = local_path(name, known.get("base")) or name
         self.model, found = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
         self.tokenizer, self.place = (None, found.type) if args.dry_run else (found, self.model.device.type)
@@ -204,6 +376,9 @@ class Run:
     def stream(self, texts, batch, purpose):
         """A Stream of `texts` in batches of `batch`; in a dry run the same meta tensors at every step."""
         args, more = self.args, {"purpose": purpose, "device": self.model.device}
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", args.tokens)
+        if args.tokens > limit:
+            fail(f"--tokens {args.tokens}: the model's context is {limit} tokens; lower it")
         if not args.dry_run:
             return Stream(texts, self.tokenizer, batch=batch, tokens=args.tokens, seed=args.seed, **more)
         ids = torch.empty(batch, args.tokens, dtype=torch.int64, device="meta")
@@ -222,25 +397,136 @@ class Run:
             with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as self.live:
                 yield
             raise SystemExit(self.report())
-        there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        if shutil.disk_usage(there).free < (need := 1.05 * checkpoints * self.size):
-            fail(f"--out {self.out}: the disk has less than {need / 1e9:.1f} GB; free some, or use another")
+        self.check_disk(checkpoints * self.size)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for stale in self.out.glob("mmlu*.json*"):  # of a run that was cut off
-                stale.unlink()
-            (self.out / "metrics.jsonl").write_text("")
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if "folder" not in self.kept and not [*self.out.glob("*/args.json")]:  # nothing to go on from
+                (self.out / "metrics.jsonl").write_text("")
+            if not (self.state / "run.json").exists():
+                arguments = self.portable_arguments(self.out)
+                write_json(
+                    self.state / "run.json", {"script": Path(sys.argv[0]).name, "arguments": arguments}
+                )
         except OSError as error:
             fail(f"--out {self.out}: cannot be written ({error.strerror}); choose another directory")
         where = f"{self.model.device} | {tokens} tokens per step | writes {self.out}"
         print(f"{self.describe()} | {where}", flush=True)
-        self.last = time.time()
+        self.last = self.last_saved = time.time()
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except FloatingPointError as error:
-            self.model.save_pretrained(self.out / "last_good")
-            self.tokenizer.save_pretrained(self.out / "last_good")
-            fail(f"{error}; the weights before that step are in {self.out / 'last_good'}; try a smaller --lr")
+            self.rescue(error)
+        finally:
+            for n, handler in handlers.items():
+                signal.signal(n, handler)
+
+    def check_disk(self, need, more=""):
+        there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        if shutil.disk_usage(there).free < 1.05 * need:
+            gb = f"{1.05 * need / 1e9:.1f} GB"
+            fail(f"--out {self.out}: the disk has less than {gb}; free some, or use another{more}")
+
+    def rescue(self, error):
+        """Ends the program with the weights as they are in OUT/last_good, if they are finite."""
+        bad, where = not_finite(self.model), self.out / "last_good"
+        kept = f"; {bad} is not finite either, so no weights were kept"
+        if not bad:
+            self.write_model(self.state / "draft")
+            land(self.state / "draft", where)
+            kept = f"; the weights before that step are in {where}"
+        fail(f"{error}{kept}; try a smaller --lr, with another --out")
+
+    def steps_left(self, steps, *state, phase="step"):
+        """Yields the steps to do: 1 .. steps, or those that are left where the run was cut off before.
+
+        state  lists of tensors that, beside the weights that train, the next step depends on
+        phase  of the run, as for `log`
+
+        After each step it saves weights and state, if --save-every minutes have passed or a signal (SIGINT,
+        SIGTERM) asks for it, which then ends the program. A second signal ends it at once.
+        """
+        args, state = self.args, [[p for p in self.model.parameters() if p.requires_grad], *state]
+        self.disk = sum(x.numel() * x.element_size() for x in sum(state, []))
+        if args.dry_run:
+            yield from range(1, steps + 1)
+            return
+        first = self.kept["done"].get(phase, 0)
+        if first and self.kept["phase"] == phase:
+            self.restore(state)
+            print(f"goes on after {phase} {first} of {steps}, saved in {self.state}", flush=True)
+        self.trim_log(phase, first)
+        if args.save_every:
+            self.check_disk(2 * self.disk + self.size, ", or --save-every 0")
+            for n in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(n, self.on_signal)
+        for i in range(first + 1, steps + 1):
+            yield i
+            self.kept["done"][phase] = i
+            late = 0 < 60 * args.save_every < time.time() - self.last_saved
+            if i < steps and (late or self.stop):  # after the last one something else is written
+                self.keep(phase, state)
+            if i < steps and self.stop:
+                print(
+                    f"stopped after {phase} {i} of {steps}; run the same command again to go on", flush=True
+                )
+                raise SystemExit(128 + self.stop)
+
+    def on_signal(self, number, _):
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = number
+        os.write(2, b"\nthis step is finished and saved first; a second signal ends the program at once\n")
+
+    def keep(self, phase, state):
+        """Saves the tensors in `state` completely or not at all; the save before stays until then."""
+        if bad := not_finite(self.model):
+            raise FloatingPointError(f"{bad} is not finite after {phase} {self.kept['done'][phase]}")
+        self.last_saved, draft = time.time(), self.state / "draft"
+        facts = {"phase": phase, "done": self.kept["done"], "seconds": time.time() - self.start}
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            for n, tensors in enumerate(state):  # file by file: from a GPU each is copied to the host whole
+                save_file({str(j): x.detach() for j, x in enumerate(tensors)}, draft / f"{n}.safetensors")
+            write_json(draft / "facts.json", facts)
+            before = self.saves()
+            number = int(before[-1].name) + 1 if before else 1
+            land(draft, self.state / f"{number:06}", last=["facts.json"])
+            for folder in before:
+                shutil.rmtree(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            print(
+                f"the state cannot be saved ({error}); the run goes on, with the save before", file=sys.stderr
+            )
+
+    @torch.no_grad()
+    def restore(self, state):
+        """Loads the last save into the tensors in `state`."""
+        try:
+            for n, tensors in enumerate(state):
+                with safe_open(self.kept["folder"] / f"{n}.safetensors", "pt") as f:
+                    for j, x in enumerate(tensors):
+                        x.copy_(f.get_tensor(str(j)))
+            self.start = time.time() - self.kept["seconds"]
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            fail(f"--out {self.out}: its saved state is broken ({error!r:.100}); delete that directory")
+
+    def trim_log(self, phase, first):
+        """Drops from metrics.jsonl what is to come again: later steps of this phase, and torn lines."""
+        rows, path = {}, self.out / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError, KeyError):
+                key = (entry := json.loads(line))["phase"], entry["step"]
+                if key[1] <= first or key[0] not in (phase, "accuracy"):
+                    rows[key] = line + "\n"
+        write_text(path, "".join(rows.values()))
+
+    def hooks(self, phase="step"):
+        """Arguments `log` and `steps_left` of a method."""
+        return {"log": partial(self.log, phase=phase), "steps_left": partial(self.steps_left, phase=phase)}
 
     def describe(self):
         dtype, n = str(self.model.dtype).removeprefix("torch."), self.model.num_parameters()
@@ -267,8 +553,11 @@ class Run:
 
     def write(self, **values):
         """Appends one object, with the seconds since the start, to metrics.jsonl."""
-        with open(self.out / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
+        try:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
+        except OSError as error:  # no reason to lose a training
+            print(f"not logged: {error}", file=sys.stderr)
 
     def save(self, phase="", weights=True, **facts):
         """Writes weights, tokenizer and, last, args.json: it says that the checkpoint is complete.
@@ -277,25 +566,51 @@ class Run:
         weights  False: only args.json
         facts    what later stages need to know, beside what is listed below
         """
-        if self.args.dry_run:
+        folder, draft = self.out / phase, self.state / "draft"
+        if self.args.dry_run or (folder / "args.json").exists():  # the latter: before the run was cut off
             return
-        folder = self.out / phase
-        if weights:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        if weights and (bad := not_finite(self.model)):
+            fail(f"{bad} is not finite after the last step; try a smaller --lr, with another --out")
         names = {"parent": self.name, "base": self.base, **facts}
         if getattr(self.args, "forget", None):
             names["data"] = None  # two corpora instead, named in arguments
-        arguments = {k: self.portable(folder, v) if k in PATHS else v for k, v in vars(self.args).items()}
         device = torch.cuda.get_device_name() if self.place == "cuda" else platform.machine() + " cpu"
         facts = {
-            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": arguments,
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": self.portable_arguments(folder),
             **{k: self.portable(folder, v) for k, v in names.items()}, "tiny": self.args.tiny,
             "seed": self.args.seed, "device": device, "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
         }  # fmt: skip
-        write_json(folder / "args.json", facts)
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            if weights:
+                self.write_model(draft)
+            write_json(draft / "args.json", facts)
+            land(draft, folder)
+            if not phase:
+                shutil.rmtree(self.state)
+        except (OSError, SafetensorError) as error:
+            fail(f"--out {folder}: cannot be written ({error}); then run the same command again to go on")
+
+    def write_model(self, folder):
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def finished(self, phase):
+        """Is OUT/PHASE there from a run that was cut off? Then the model gets its weights."""
+        if self.args.dry_run or not (self.out / phase / "args.json").exists():
+            return False
+        there, _ = load_model(self.out / phase, str(self.model.dtype).removeprefix("torch."), "cpu", "--out")
+        with torch.no_grad():
+            for p, q in zip(self.model.parameters(), there.parameters()):
+                p.copy_(q)
+        print(f"goes on after {phase}, finished in {self.out / phase}", flush=True)
+        return True
+
+    def portable_arguments(self, folder):
+        return {k: self.portable(folder, v) if k in PATHS else v for k, v in vars(self.args).items()}
 
     def portable(self, folder, value):
         """A path relative to `folder`, so that the directory can be moved or published; other names as is."""
@@ -313,6 +628,8 @@ class Run:
         for what, n in (("weights", self.size), ("between steps", self.between), ("peak", peak)):
             print(f"{self.place:6}{what:20}{n / 1e9:9.3f} GB")
         print(f"{'host':6}{'copies':20}{host / 1e9:9.3f} GB")
+        if self.args.save_every:
+            print(f"{'disk':6}{'two saves':20}{2 * self.disk / 1e9:9.3f} GB in {self.state}")
         need = {"host memory": host + 1e9 + (0 if gpu else peak)}  # and Python and torch
         if gpu:
             need["GPU"] = peak + 1.5e9  # and CUDA's context
@@ -549,15 +866,18 @@ def residual_streams(model):
             hook.remove()
 
 
-def soft_cap(model, x):
-    """Logits, capped where the model caps them (Gemma 2)."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
+def scaled(model, x):
+    """Logits as the model changes what its head gives: scaled (Cohere, Granite) or capped (Gemma 2)."""
+    config = model.config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    x = x * factor if factor != 1 else x
     return cap * torch.tanh(x / cap) if cap else x
 
 
 def logits(model, hidden):
     """Next-token logits (n, V), float32, from last hidden states (n, D)."""
-    return soft_cap(model, model.get_output_embeddings()(hidden).float())
+    return scaled(model, model.get_output_embeddings()(hidden).float())
 
 
 def token_losses(model, ids, mask, loss, at_once=1 << 25):
@@ -813,7 +1133,7 @@ def log_probs(model, hidden, targets):
     found = (head.weight[targets].float() @ hidden.float()[:, :, None]).squeeze(-1)  # (n, c)
     if head.bias is not None:
         found = found + head.bias[targets].float()
-    return soft_cap(model, found) - logits(model, hidden).logsumexp(-1, keepdim=True)
+    return scaled(model, found) - logits(model, hidden).logsumexp(-1, keepdim=True)
 
 
 class Row(NamedTuple):
@@ -858,6 +1178,9 @@ def score_rows(model, rows, budget=None):
         places = [(b, row.start - P + n) for b, row in enumerate(batch) for n in range(len(row.targets))]
         b, t = torch.tensor(places, device=device).T
         targets = torch.tensor([line for row in batch for line in row.targets], device=device)
-        found = log_probs(model, hidden[b, t], targets).cpu().split([len(row.targets) for row in batch])
+        found = log_probs(model, hidden[b, t], targets).cpu()
+        if not torch.isfinite(found).all():  # argmax would make an answer of it
+            fail("the model's log-probabilities are NaN or infinite: its weights are damaged; use others")
+        found = found.split([len(row.targets) for row in batch])
         for row, scores in zip(batch, found):
             yield row.key, scores.sum(0).tolist()

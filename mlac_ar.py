@@ -48,6 +48,8 @@ A loss of NaN or infinity stops the run before θ is updated, and the weights be
 """
 
 import argparse
+import math
+import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -87,11 +89,16 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="outer steps between log lines")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
+    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
+        parser.error("a number is nan or inf")
+    if min(args.seed, args.save_every) < 0:
+        parser.error("--seed and --save-every start at 0")
     if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if args.alpha < 0 or not 0 < args.lr < 1:
@@ -107,12 +114,14 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 
 from common import (
-    SGD, AdamW, HostCopy, Run, check_finite, generator, next_token_loss, residual_streams, token_mean,
+    SGD, AdamW, HostCopy, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
+    token_mean,
 )  # fmt: skip
 
 
@@ -173,7 +182,7 @@ def held_streams(model, weight):
 
 def mlac_ar(
     model, forget, retain, *, K, N, lr, alpha, optimizer="adamw", vary=(), objective="loss", heal=0.0,
-    extra=None, seed=0, log=lambda *_, **__: None,
+    extra=None, seed=0, log=no_log, steps_left=all_steps,
 ):  # fmt: skip
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
@@ -188,6 +197,7 @@ def mlac_ar(
     extra      a further loss at θ, called as extra(i, x_r), or None
     seed       of the adversaries and the stochastic rounding to bfloat16
     log        called as log(i, N, retain=, adversary=, heldout=, phi=)
+    steps_left yields the outer steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
@@ -196,7 +206,7 @@ def mlac_ar(
     opt.wait_for = theta, moments  # before it overwrites a parameter, its copy must be complete
     heldout_loss = next_token_loss if objective == "loss" else partial(token_mean, loss=entropy)
     model.train()
-    for i in range(1, N + 1):
+    for i in steps_left(N, *opt.moments):
         rate, last, warm, mixed = draw_attacker(vary, K, seed, i)
         *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
         *x_a, x_r = zip(*(x.chunk(K + 1 if "mix" in vary else 1) for x in retain[i - 1]))
@@ -239,7 +249,7 @@ def main(args):
         mlac_ar(
             model, forget, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
             vary=args.vary, objective=args.objective, heal=args.heal,
-            extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, log=run.log,
+            extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, **run.hooks(),
         )  # fmt: skip
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")

@@ -33,6 +33,8 @@ Sick: forget stays at 1 (lr too small) or retain rises (lr too large).
 """
 
 import argparse
+import math
+import signal
 import sys
 from pathlib import Path
 
@@ -62,11 +64,16 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
+    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
+        parser.error("a number is nan or inf")
+    if min(args.seed, args.save_every) < 0:
+        parser.error("--seed and --save-every start at 0")
     if min(args.steps, args.batch, args.log_every) < 1 or args.tokens < 2 or not 0 < args.lr < 1:
         parser.error("--steps, --batch, --log-every start at 1, --tokens at 2; 0 < --lr < 1")
     if bool(args.forget) != bool(args.retain):
@@ -78,12 +85,15 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 import torch.nn.functional as F
 
-from common import AdamW, Run, check_finite, generator, next_token_loss, residual_streams
+from common import (
+    AdamW, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
+)  # fmt: skip
 
 
 def random_targets(model, seed):
@@ -107,18 +117,19 @@ def mapping_loss(H, targets, mask):
     return torch.stack(losses).mean()
 
 
-def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=lambda *_, **__: None):
+def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     r = random_targets(model, seed)  # (V, D)
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         ids, mask = forget[i - 1]
         with residual_streams(model) as H:
             model.base_model(input_ids=ids, use_cache=False)
@@ -138,7 +149,7 @@ def main(args):
     model = run.load(args.model)
     forget, retain = run.streams(forget=args.batch, retain=args.batch)
     with run.training(tokens=2 * args.batch * args.tokens):
-        random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, log=run.log)
+        random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.hooks())
     run.save(data=args.data)
     print(f"next: python recover.py --ckpt {args.out}")
 

@@ -41,6 +41,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature's data and settings; its checkpoints imply it")
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
@@ -180,19 +182,20 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 import torch.nn.functional as F
 
 from common import (
-    PLAIN, SGD, AdamW, HostCopy, Run, as_bool, check_finite, decoder_layers, fail, generator, load_model,
-    local_path, next_token_loss, read_table, texts_of, write_json,
+    PLAIN, SGD, AdamW, HostCopy, Run, all_steps, as_bool, check_finite, check_model, decoder_layers, differs,
+    fail, generator, load_model, next_token_loss, no_log, read_table, texts_of, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, LIMIT, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan, protocol,
-    read_answers, read_json, right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_card,
-    write_scores,
+    FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
+    protocol, read_answers, read_json, right_answers, score_mmlu, scores_dir, show_scores, show_sweep,
+    write_card, write_scores,
 )  # fmt: skip
 
 
@@ -246,7 +249,7 @@ def rate(i, steps, lr, schedule):
 
 def finetune(
     model, texts, retain=None, *, steps, lr, schedule="constant", optimizer="adamw", decay=0.0, clip=0.0,
-    mix=0.0, seed=0, log=lambda *_, **__: None,
+    mix=0.0, seed=0, log=no_log, steps_left=all_steps,
 ):  # fmt: skip
     """The adversary (3.2): fine-tuning on texts about F, `model` in place.
 
@@ -256,13 +259,14 @@ def finetune(
     clip           largest norm of the gradient; 0: any
     mix            weight of the retain texts' loss, 0 to 1, against 1 - mix of the texts'
     seed, log      of the rounding; called after every step as log(i, steps, loss=)
+    steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     opt = AdamW(params, decay=decay) if optimizer == "adamw" else SGD(params, momentum=0.9, decay=decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
     model.train()
-    for i in range(1, steps + 1):
+    for i in steps_left(steps, *opt.moments):
         losses = []
         for batches, weight in parts:
             loss = next_token_loss(model, *batches[i - 1])
@@ -360,6 +364,8 @@ class Victim:
     def __init__(self, args, run):
         self.args, self.run, self.model = args, run, run.load(args.ckpt, flag="--ckpt")
         self.tokenizer, self.plans, self.weights, self.exam, self.rows = run.tokenizer, {}, None, None, None
+        if not args.dry_run and args.base != args.ckpt:
+            check_model(args.base, "--base")
         if args.base == args.ckpt:
             print(f"{args.ckpt} is taken as an untouched base; an unlearned model needs --base, its parent")
         if not args.dry_run:
@@ -422,6 +428,13 @@ def probe(args, victim, form, theta):
     return victim.score(form)
 
 
+def scored_before(out):
+    """{step: summary}, the accuracies in metrics.jsonl: also those from before the run was cut off."""
+    log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    log = [entry for entry in log if entry["phase"] == "accuracy"]
+    return {e["step"]: {side: {"acc": e[side], "se": e[f"{side}_se"]} for side in SIDES} for e in log}
+
+
 def attack(args, run, victim):
     """One attacker on the victim, whose weights it leaves changed; writes args.out, returns Table 1's row."""
     n_retain, form, states, stopped = round(args.batch * args.retain_mix), args.format, {}, None
@@ -460,7 +473,7 @@ def attack(args, run, victim):
                     finetune(
                         victim.model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
                         optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
-                        mix=n_retain / args.batch, seed=args.seed, log=log,
+                        mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
                     )  # fmt: skip
                 except FloatingPointError as error:
                     if not args.sweep:
@@ -468,25 +481,13 @@ def attack(args, run, victim):
                     stopped = str(error)
                     print(f"{stopped}: this attacker ends here")
 
-    summaries = {i: summary for i, (summary, _) in states.items()}
+    summaries = scored_before(args.out) | {i: summary for i, (summary, _) in states.items()}
     last, best = max(states), best_step(theta[0], summaries)
     write_scores(args.out, *states[last])
     row = paper_scores(init, theta[0], summaries[last]) | {"damaged": damaged(theta[0], summaries[last])}
     row |= {"best_step": best, "best_forget": 100 * summaries[best]["forget"]["acc"], "stopped": stopped}
     write_json(Path(args.out) / "scores.json", row)
     return row
-
-
-def differs(folder, args):
-    """The flags in which a finished attack in `folder` is not the attack that args describe."""
-
-    def plain(value):
-        path = Path(local_path(folder, value)) if isinstance(value, str) else Path()
-        return str(path.resolve()) if value and path.is_absolute() | path.exists() else str(value)
-
-    known, now = json.loads((folder / "args.json").read_text())["arguments"], vars(args)
-    free = {"out", "name", "device", "log_every", "only", "shard", "keep_weights"}  # do not change the result
-    return [k for k in sorted(now.keys() - free) if plain(known.get(k)) != plain(now[k])]
 
 
 def sweep(args, argv):
@@ -496,8 +497,9 @@ def sweep(args, argv):
     out = {name: Path(args.out) / name for name in SWEEP}
     attackers = {x: parse_args([*argv, *flags.split(), "--out", out[x]]) for x, flags in SWEEP.items()}
     for name in [name for name in SWEEP if (out[name] / "args.json").exists()]:
-        if others := differs(out[name], attackers[name]):
-            fail(f"{out[name]} was run with another --{others[0].replace('_', '-')}; choose another --out")
+        known = read_json(out[name] / "args.json")["arguments"]
+        if other := differs(out[name], known, attackers[name]):
+            fail(f"{out[name]} was run with another --{other.replace('_', '-')}; choose another --out")
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
     print(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before", flush=True)
     victim, start = None, time.time()

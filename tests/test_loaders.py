@@ -224,7 +224,7 @@ def test_hub_names(tmp_path, monkeypatch):
     [
         ("random_mapping", ("--model", WORLD / "base"), "--data lapisrocks/pile-bio"),
         ("label_pile", (), "--pile monology/pile-uncopyrighted"),
-        ("recover", ("--ckpt", WORLD / "base", "--base", "x", "--recovery", "camel-ai/biology"), "camel-ai"),
+        ("recover", ("--ckpt", WORLD / "base", "--recovery", "camel-ai/biology"), "camel-ai"),
         (
             "evaluate_mmlu",
             ("--ckpt", "meta-llama/Llama-2-7b-chat-hf", "--mmlu", WORLD / "mmlu"),
