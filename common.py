@@ -11,6 +11,7 @@ Robust Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a func
 step), not of earlier draws.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -37,6 +38,8 @@ from typing import NamedTuple
 # Pinned blocks above 16 MB get their exact size, not the next power of two. Torch reads this at first use.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_cached_size_mb:16")
 
+import fsspec
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -132,6 +135,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
             fail(f"--device {device}: {n} GPUs are visible, cuda:0 to cuda:{n - 1}; use one of them")
         torch.cuda.set_device(where)  # where streams and events are made
     safe = {"trust_remote_code": False}  # a checkpoint is data
+    unreachable = None if Path(name).is_dir() else hub_error()
     try:
         config = AutoConfig.from_pretrained(name, **safe)
         with torch.device("meta"):
@@ -151,7 +155,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         remedy = "no such directory; for a hub model accept its licence on its page and run `hf auth login`"
         if Path(name).is_dir():
             remedy = "is the download complete? it needs config.json, model*.safetensors, a tokenizer"
-        fail(f"{flag} {name}: cannot be loaded ({error!r:.200}); {remedy}")
+        fail(f"{flag} {name}: cannot be loaded ({cause(unreachable or error)}); {remedy}")
     if lacking := info["missing_keys"]:
         fail(f"{flag} {name}: {len(lacking)} weights missing ({min(lacking)}, ...); complete the download")
     depth = config.get_text_config().num_hidden_layers
@@ -203,14 +207,17 @@ def check_forward(model, what):
 def local_path(folder, value):
     """A name out of the args.json in `folder`, whose paths are relative to it, as seen from here."""
     path = Path(folder) / str(value)
-    return os.path.relpath(path) if value and path.exists() else value
+    return os.path.relpath(path) if value and os.path.exists(path) else value
 
 
 def write_text(path, text):
     """Writes `text` completely or not at all."""
     draft = Path(f"{path}.{os.getpid()}.draft")
-    draft.write_text(text)
-    draft.replace(path)
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -680,6 +687,47 @@ class LiveBytes(TorchDispatchMode):
 
 
 LOCAL = (".jsonl", ".json", ".zst", ".parquet", ".zip", ".csv", ".txt")  # no dataset's name on the hub
+VAGUE = r"^$|occurred while generating|above report"  # messages that say only that something went wrong
+
+
+def cause(error):
+    """What went wrong, as one line: the first exception of a chain whose message says what it was."""
+    while (inner := error.__cause__ or error.__context__) and re.search(VAGUE, str(error)):
+        error = inner
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+@cache
+def hub_error():
+    """None, or why the hub cannot be connected to. Then only what was downloaded before is used from here on:
+    the libraries would retry for half a minute. A hub that is only slow is left to them."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # the HTTP library's, which changes
+        if "Connect" in type(error).__name__:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+            return error
+
+
+@contextmanager
+def reading(source, flag):
+    """Inside, an exception ends the program with its cause. source: a file, a folder, or else a hub name."""
+    here = os.path.exists(source)
+    unreachable = None if here else hub_error()
+    try:
+        yield
+    except Exception as error:  # pyarrow's, zipfile's, the hub's, datasets'; fail's SystemExit passes through
+        why, remedy = cause(unreachable or error), "check name and network, or give a local file or folder"
+        if here:
+            full = "[Errno" in why  # or closed: of the file or of the cache
+            remedy = "make room or give access (HF_HOME moves the cache)" if full else "fix the file"
+        fail(f"{flag} {source}: cannot be read ({why}); {remedy}")
+
+
+def first_byte(name):
+    """Of a file, which may be compressed, after a byte order mark and blanks; b"" if there is nothing."""
+    with fsspec.open(name, compression="infer") as f:
+        return f.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def read_rows(source, flag, columns, config=None, split="train", streaming=False):
@@ -694,32 +742,39 @@ def read_rows(source, flag, columns, config=None, split="train", streaming=False
 
     configure_libraries()
     datasets.disable_progress_bars()
-    path = Path(source)
-    try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
+    path, there = Path(source), os.path.exists(source)
+    if not there and (path.suffix in LOCAL or source[:1] in "./~"):
+        fail(f"{flag} {source}: no such file or folder; give another")
+    with reading(source, flag):
+        if there and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             rows = datasets.load_from_disk(path)
             rows = rows[split] if isinstance(rows, dict) else rows
-        elif path.exists():
+        elif there:
             files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
             names = [str(p) for p in files if not config or p.match(f"{config}/{split}-*")]
             files = [n for n in names if re.search(r"\.(jsonl|jsonl\.zst|parquet|csv)$", n)]
             files = files or [n for n in names if n.endswith(".json")]
             if not files:
-                fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json, .parquet or .csv file there")
+                fail(f"{flag} {source}: no .jsonl, .jsonl.zst, .json, .parquet or .csv file there; give one")
             kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(files[0]).suffix, "json")
+            starts = {name: start for name in files if (start := first_byte(name))}
+            if not starts:
+                fail(f"{flag} {source}: is empty; give another, or make it again")
+            for name in starts if kind == "json" else ():  # on a null pyarrow would crash
+                if starts[name] not in b"{[":
+                    fail(f"{flag} {source}: {name} does not begin with a JSON object; fix the file")
             small = {"chunksize": 1 << 20} if streaming and kind == "json" else {}  # bytes parsed at a time
             small |= {"keep_default_na": False} if kind == "csv" else {}  # "None" is a word
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming, **small)
-        elif path.suffix in LOCAL or source[0] in "./~":
-            fail(f"{flag} {source}: no such file or folder")
+            more = {"split": "train", "streaming": streaming}
+            rows = datasets.load_dataset(kind, data_files=[*starts], **more, **small)
         else:
             rows = datasets.load_dataset(source, config, split=split, streaming=streaming)
-        found = rows.column_names or next(iter(rows), {}).keys()
-    except Exception as error:  # pyarrow's, the hub's and datasets' own; SystemExit from fail passes through
-        remedy = "fix the file" if path.exists() else "check name and network, or give a local file or folder"
-        fail(f"{flag} {source}: cannot be read ({error!r:.200}); {remedy}")
+        if not streaming:
+            rows.data.validate(full=True)  # strings are UTF-8
+        found = next(iter(rows), {}) if streaming else rows.column_names
     if missing := [c for c in columns if c not in found]:
-        fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(found) or 'no rows'}")
+        fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(found) or 'no rows':.200}")
     return rows
 
 
@@ -727,15 +782,24 @@ def read_table(source, flag):
     """[dict], the rows of a file, folder or hub dataset (see read_rows), of a zip of JSON objects, or, as
     `text`, the paragraphs of a .txt file."""
     path = Path(source)
-    if path.suffix == ".txt" and path.exists():
-        return [{"text": x} for x in path.read_text().split("\n\n") if x.strip()]
-    if path.suffix != ".zip" or not path.exists():
+    if path.suffix not in (".txt", ".zip") or not os.path.isfile(source):
         return [*read_rows(source, flag, ())]
-    try:
+    with reading(source, flag):
+        if path.suffix == ".txt":
+            return [{"text": x} for x in path.read_text("utf-8-sig").split("\n\n") if x.strip()]
         with zipfile.ZipFile(path) as z:
-            return [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
-    except (zipfile.BadZipFile, ValueError) as error:
-        fail(f"{flag} {source}: a broken zip or JSON ({error}); download it again")
+            names = [n for n in sorted(z.namelist()) if n.endswith(".json") and not n.startswith("__MACOSX/")]
+            sizes = [z.getinfo(name).file_size for name in names]
+            if not names:
+                fail(f"{flag} {source}: no .json file in it; give another")
+            if sum(sizes) > 2e9 or max(sizes) > 64e6:  # a bomb of 1 MB takes minutes and all memory
+                size = f"{sum(sizes) / 1e9:.1f} GB"
+                fail(f"{flag} {source}: {size} of JSON when unpacked; unpack it and give the folder")
+            rows = [json.loads(z.read(name)) for name in names]
+    for name, row in zip(names, rows):
+        if not isinstance(row, dict):
+            fail(f"{flag} {source}: {name} is no JSON object; fix or drop it")
+    return rows
 
 
 PLAIN = {"txt_chunk": lambda row: row["txt_chunk"], "text": lambda row: row["text"]}
@@ -746,23 +810,29 @@ def texts_of(rows, source, flag, column=None, forms=PLAIN):
 
     source, flag  of the rows, for messages
     column        that is the text; None: the first column of `forms` that is there
-    forms         {column: row -> text, or None: not one of them}
-
-    A "<s>" or "</s>" spelled out at the ends is removed by removeprefix and removesuffix: strip eats letters.
+    forms         {column: row -> text, or False: not one of them}
     """
     have = rows[0].keys() if rows else ()
     kind = column or next((k for k in forms if k in have), None)
     if not kind or kind not in have:
         wanted = column or " or ".join(forms)
-        fail(f"{flag} {source}: no column {wanted}; it has {', '.join(have) or 'no rows'}")
+        fail(f"{flag} {source}: no column {wanted}; it has {', '.join(have) or 'no rows':.200}")
     texts = []
     for i, row in enumerate(rows):
-        if (text := row[kind] if column else forms[kind](row)) is None:
-            continue
-        text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
-        texts.append(text or fail(f"{flag} {source}: row {i}: {kind} or its answer is empty; drop the row"))
+        try:
+            text = row[kind] if column else forms[kind](row)
+        except (AttributeError, KeyError, TypeError):  # a value of another kind, or none
+            text = ""
+        if text is not False:
+            texts.append(cleaned(text, f"{flag} {source}: row {i}: {kind} or its answer", row))
     print(f"{len(texts):,} texts from {source}, column {kind}", flush=True)
     return texts
+
+
+def cleaned(text, what, row):
+    """A text without "<s>" or "</s>" spelled out at its ends: by removeprefix, as strip eats letters."""
+    text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
+    return text or fail(f"{what} is empty, or of the wrong type, in {row!r:.80}; fix or drop the row")
 
 
 def as_bool(label):
@@ -777,11 +847,8 @@ def load_chunks(source):
     for i, (text, label) in enumerate(zip(rows["txt_chunk"], rows["label"])):
         label = as_bool(label)
         if not isinstance(label, bool):
-            fail(f"--data {source}: row {i}: label is {label!r}, not true or false; label or drop it")
-        text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
-        if not text:
-            fail(f"--data {source}: row {i}: txt_chunk is empty; drop the row")
-        sides[label].append(text)
+            fail(f"--data {source}: row {i}: label is {label!r:.60}, not true or false; label or drop it")
+        sides[label].append(cleaned(text, f"--data {source}: row {i}: txt_chunk", text))
     for label, what in ((True, "forget"), (False, "retain")):
         if not sides[label]:
             label = str(label).lower()

@@ -28,7 +28,9 @@ paper is silent, our choices:
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -87,35 +89,48 @@ def parse_args(argv=None):
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if min(args.tokens, args.rows, args.max_chunks or 1, args.per_class or 1) < 1:
-        parser.error("--tokens, --rows, --max-chunks and --per-class start at 1")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", args.max_bytes)
+    for flag in ("tokens", "rows", "max_chunks", "per_class"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} {value}: starts at 1; give more")
+    size = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([kMGT]?)B?", args.max_bytes)
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    if not size:
+    if not size or not float(size[1]):
         parser.error(f"--max-bytes {args.max_bytes}: give a size such as 500MB or 30GB")
     if not shard or not int(shard[1]) < int(shard[2]):
         parser.error(f"--shard {args.shard}: give i/n with i from 0 to n - 1")
     if args.question.count("{chunk}") != 1 or args.question.endswith("{chunk}"):
         parser.error("--question needs {chunk} once, and text after it")
+    if not args.concept.strip() or "{chunk}" in args.concept:
+        parser.error(f"--concept {args.concept!r}: name a subject, without {{chunk}}")
+    if not args.out.strip():
+        parser.error("--out is empty; name a folder")
     args.max_bytes = int(float(size[1]) * 1000 ** " kMGT".index(size[2] or " "))
     args.shard = int(shard[1]), int(shard[2])
     return args
 # fmt: on
 
 
+def stopped(number, _):
+    """Ends the program at a signal."""
+    os.write(2, b"\nlabel_pile.py: stopped; run the same command again to go on\n")
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # every part is whole: nothing to finish, no traceback
+        signal.signal(number, stopped)
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import json
 import math
-import os
 import time
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 
 import torch
 from transformers import AutoTokenizer
 
-from common import Row, bos, fail, load_model, read_rows, score_rows, write_json
+from common import Row, bos, cause, fail, load_model, locked, read_rows, reading, score_rows, write_json
 
 
 def plain(tokenizer, text, **more):
@@ -155,9 +170,9 @@ def read_chunks(rows, tokenizer, limit, shard, max_bytes, after):
         except StopIteration:
             return
         except Exception as error:  # of the network, the archive or the JSON: datasets raises many kinds
-            fail(f"--pile: unreadable after document {d} ({error!r:.200}); fix it and rerun the same command")
+            fail(f"--pile: unreadable after document {d} ({cause(error)}); fix it and rerun the same command")
         if not isinstance(row["text"], str):
-            fail(f"--pile: document {d}: text is {row['text']!r}; drop the row")
+            fail(f"--pile: document {d}: text is {row['text']!r:.60}; drop the row")
         size += len(row["text"].encode())
         if d % shard[1] != shard[0] or (after and d < after[0]):
             continue
@@ -171,11 +186,22 @@ def frame(tokenizer, question, concept, chat):
     text = question.replace("{concept}", concept)
     if chat and tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            fail(f"--judge: its chat template fails ({cause(error)}); use --no-chat, or another judge")
     elif chat:
         text = f"GPT4 Correct User: {text}<|end_of_turn|>GPT4 Correct Assistant:"
+    if text.count("{chunk}") != 1:
+        fail("--judge: its chat template loses or repeats the text; use --no-chat, or another judge")
     head, tail = text.split("{chunk}")
     return head, tail
+
+
+def around(tokenizer, head, tail):
+    """Token ids of the prompt before the chunk, BOS first, and after it."""
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (head, tail))
+    return before if before[:1] == bos(tokenizer) else bos(tokenizer) + before, after
 
 
 def answer_ids(tokenizer, tail):
@@ -202,8 +228,7 @@ def judge(model, tokenizer, texts, head, tail, budget=None):
     head, tail  the prompt around the text, from frame
     budget      tokens per batch, see score_rows
     """
-    before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (head, tail))
-    before = before if before[:1] == bos(tokenizer) else bos(tokenizer) + before
+    before, after = around(tokenizer, head, tail)
     answers = answer_ids(tokenizer, tail)
     targets = [answers["yes"] + answers["no"]]
     whole = [before + ids + after for ids in plain(tokenizer, texts).input_ids]
@@ -215,26 +240,94 @@ def judge(model, tokenizer, texts, head, tail, budget=None):
     return scores
 
 
+COLUMNS = ["id", "txt_chunk", "meta", "label", "score", "judge"]
+
+
 class Parts:
-    """The part files of one shard in a folder: what is done, and the next one."""
+    """The part files of one shard in a folder: what is done, and the next one.
+
+    settings  that the rows depend on: equal in all shards, and when a run is resumed
+    """
 
     def __init__(self, folder, shard, settings):
-        self.folder = Path(folder)
+        self.folder, self.settings = Path(folder), settings
         self.stem = "part" if shard[1] == 1 else f"part-{shard[0]}-of-{shard[1]}"
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
-        kept = self.folder / "settings.json"
-        if self.summary.exists():
-            fail(f"--out {folder} is a finished run; choose another --out, or delete that directory first")
-        if kept.exists() and json.loads(kept.read_text()) != settings:
-            fail(f"--out {folder} was begun with other settings ({kept}); choose another --out, or use them")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(kept, settings)
-        except OSError as error:
-            fail(f"--out {folder}: cannot be written ({error.strerror}); choose another directory")
+        self.kept = self.folder / "settings.json"
         self.count, self.labels, self.after = 0, {True: 0, False: 0}, None
-        for path in sorted(self.folder.glob(f"{self.stem}-[0-9][0-9][0-9][0-9][0-9].jsonl")):
-            self.add([json.loads(line) for line in path.read_text().splitlines()])
+        with self.writing():
+            if self.kept.exists():
+                self.check()
+                names = self.names()
+                for i in range(len(names)):
+                    if self.path(i).name not in names:
+                        self.refuse(f"{self.path(i).name} is missing; restore it, or delete the later ones")
+                    self.add(self.read(self.path(i)))
+            elif self.folder.exists():
+                if [p for p in self.folder.iterdir() if p.suffix not in (".lock", ".draft")]:
+                    self.refuse("has files but no settings.json, so no labelling run's; choose another --out")
+
+    def begin(self):
+        """Before the first part: makes the folder and settings.json if they are not there."""
+        draft = self.folder / f"settings.{os.getpid()}.draft"
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.kept.exists():
+                draft.write_text(json.dumps(self.settings, indent=1) + "\n")
+                try:
+                    os.link(draft, self.kept)  # as a rename, but not onto the settings of another shard
+                except FileExistsError:
+                    pass
+                draft.unlink()
+            self.check()
+            if len(self.names()) != self.count:
+                self.refuse("another process has written parts meanwhile; rerun the same command")
+
+    def check(self):
+        """Takes the lock of this shard; is the folder this run's?"""
+        if not locked(self.folder / f"{self.stem}.lock"):
+            self.refuse("another process writes this shard; wait for it, or choose another --shard or --out")
+        if self.summary.exists():
+            self.refuse("is a finished run; choose another --out, or delete that directory first")
+        try:
+            kept = json.loads(self.kept.read_text())
+        except ValueError as error:
+            self.refuse(f"settings.json is broken ({error}); choose another --out, or delete the folder")
+        if kept != self.settings:
+            self.refuse("was begun with other settings (settings.json); choose another --out, or use them")
+
+    @contextmanager
+    def writing(self):
+        """Inside, an error of the file system, such as a full disk, ends the program."""
+        try:
+            yield
+        except OSError as error:
+            n, remedy = sum(self.labels.values()), "choose another directory"
+            if n:
+                remedy = f"the first {n} rows are kept: make room and rerun the same command"
+            self.refuse(f"cannot be written ({error.strerror}); {remedy}")
+
+    def refuse(self, message):
+        fail(f"--out {self.folder}: {message}")
+
+    def path(self, i):
+        return self.folder / f"{self.stem}-{i:05}.jsonl"
+
+    def names(self):
+        part = re.compile(rf"{self.stem}-\d{{5,}}\.jsonl")
+        return {p.name for p in self.folder.iterdir() if part.fullmatch(p.name)}
+
+    def read(self, path):
+        """Rows of a part file, which someone else may have changed."""
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            kinds = {([*row] == COLUMNS, type(row["label"])) for row in rows}
+            ids = [re.fullmatch(r"\d+-\d+", row["id"]) for row in rows]
+        except (ValueError, TypeError, KeyError):  # no JSON, no object, no such column
+            kinds = ids = ()
+        if kinds != {(True, bool)} or not all(ids):
+            self.refuse(f"{path.name} is broken; restore it, or delete it and the later ones")
+        return rows
 
     def add(self, rows):
         self.count += 1
@@ -244,12 +337,13 @@ class Parts:
 
     def write(self, rows):
         """One more part, completely or not at all: it appears under its name when it is on the disk."""
-        path = self.folder / f"{self.stem}-{self.count:05}.jsonl"
-        with open(path.with_suffix(".draft"), "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-            f.flush()
-            os.fsync(f.fileno())
-        path.with_suffix(".draft").replace(path)
+        path = self.path(self.count)
+        with self.writing():
+            with open(path.with_suffix(".draft"), "w") as f:
+                f.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+                f.flush()
+                os.fsync(f.fileno())
+            path.with_suffix(".draft").replace(path)
         self.add(rows)
 
 
@@ -289,14 +383,37 @@ def flush(batch, score, parts, name, per_class):
     parts.write(found)
 
 
+def load_cutter(name):
+    """The tokenizer that cuts documents, another than the judge's."""
+    with reading(name, "--tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        plain(tokenizer, "a", return_offsets_mapping=True)  # which slow tokenizers lack
+    return tokenizer
+
+
+def check_length(model, tokenizer, head, tail, tokens):
+    """Does the prompt around a chunk of so many tokens fit the judge's context?"""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = max(context - sum(map(len, around(tokenizer, head, tail))), 0)
+    if tokens > room:
+        fail(f"--tokens {tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")
+
+
 def main(args):
     kept = ("pile", "judge", "tokenizer", "concept", "question", "chat", "tokens", "rows", "dtype")
+    parts = Parts(args.out, args.shard, {k: getattr(args, k) for k in kept} | {"shards": args.shard[1]})
     rows = read_rows(args.pile, "--pile", ("text",), streaming=True)
+    cutter = load_cutter(args.tokenizer) if args.tokenizer else None
     model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge")
-    cutter = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else tokenizer
+    cutter = cutter or tokenizer
     head, tail = frame(tokenizer, args.question, args.concept, args.chat)
     answer_ids(tokenizer, tail)
-    parts = Parts(args.out, args.shard, {k: getattr(args, k) for k in kept} | {"shards": args.shard[1]})
+    check_length(model, tokenizer, head, tail, args.tokens)
+    chunks = read_chunks(rows, cutter, args.tokens, args.shard, args.max_bytes, parts.after)
+    one = [*islice(chunks, 1)]  # before anything is written
+    if not (one or parts.count or args.shard[1] > 1):
+        fail(f"--pile {args.pile}: no text to label; give documents that are not empty")
+    parts.begin()
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{model.device} | {dtype} | judge {args.judge} | writes {args.out}")
     start, first, read = time.time(), sum(parts.labels.values()), 0
@@ -318,14 +435,14 @@ def main(args):
             flush=True,
         )
 
-    chunks = read_chunks(rows, cutter, args.tokens, args.shard, args.max_bytes, parts.after)
     label(
-        chunks, lambda texts: judge(model, tokenizer, texts, head, tail), parts, rows=args.rows,
+        chain(one, chunks), lambda texts: judge(model, tokenizer, texts, head, tail), parts, rows=args.rows,
         name=args.judge, max_chunks=args.max_chunks, per_class=args.per_class, log=log,
     )  # fmt: skip
     n = sum(parts.labels.values())
     summary = {"chunks": n, "positive": parts.labels[True], "bytes_read": read, "arguments": vars(args)}
-    write_json(parts.summary, summary | {"seconds": round(time.time() - start, 1)})
+    with parts.writing():
+        write_json(parts.summary, summary | {"seconds": round(time.time() - start, 1)})
     print(f"{n} rows, {parts.labels[True]} positive, in {args.out}")
     print(f"next: python rmat.py{' --tiny' if args.tiny else ''} --data {args.out}")
 

@@ -185,12 +185,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 
 from common import (
     PLAIN, SGD, AdamW, HostCopy, Run, all_steps, as_bool, check_finite, check_model, decoder_layers, differs,
-    fail, generator, load_model, next_token_loss, no_log, read_table, texts_of, write_json,
+    fail, generator, load_model, next_token_loss, no_log, read_table, reading, texts_of, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
@@ -295,12 +296,19 @@ def prune(model, share):
         W.masked_fill_(W.float().abs() <= least, 0)
 
 
+def pair(question, answer):
+    """Both, or "" if one is blank."""
+    return "\n\n".join((question, answer)) if question.strip() and answer.strip() else ""
+
+
 FORMS = {  # of the texts to train on: a column that tells the form, and how a row becomes a text
-    "message_1": lambda row: row["message_2"] and f"{row['message_1']}\n\n{row['message_2']}",
-    "messages": lambda row: "\n\n".join(m["content"] for m in row["messages"] or ()),
-    "instruction": lambda row: "\n\n".join(row[k] for k in ("instruction", "input", "output") if row.get(k)),
+    "message_1": lambda row: pair(row["message_1"], row["message_2"]),
+    "messages": lambda row: "\n\n".join(m["content"] for m in row["messages"]),
+    "instruction": lambda row: "\n\n".join(
+        row[k] for k in ("instruction", "input", "output") if row.get(k) not in (None, "")
+    ),
     **PLAIN,
-    "txt_chunk": lambda row: row["txt_chunk"] if as_bool(row.get("label", True)) else None,
+    "txt_chunk": lambda row: {True: row["txt_chunk"], False: False}[as_bool(row.get("label", True))],
 }
 
 
@@ -308,12 +316,8 @@ def load_rows(source):
     """Rows to make texts of, [dict]: camel-ai/biology on the hub (a flat zip of one-object JSON files), or
     what read_table takes."""
     if source == "camel-ai/biology" and not Path(source).exists():
-        try:
-            from huggingface_hub import hf_hub_download
-
-            source = hf_hub_download(source, "biology.zip", repo_type="dataset")
-        except Exception as error:
-            fail(f"--recovery {source}: cannot be downloaded ({error!r:.200}); give a local file")
+        with reading(source, "--recovery"):
+            source = huggingface_hub.hf_hub_download(source, "biology.zip", repo_type="dataset")
     return read_table(source, "--recovery")
 
 

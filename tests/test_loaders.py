@@ -146,7 +146,7 @@ def test_camel_pairs(tmp_path, name, source):
     assert texts == [f"{p['message_1']}\n\n{p['message_2']}" for p in pairs] and len(texts) >= 12
 
 
-@pytest.mark.parametrize("name, says", [("b.zip", "broken zip"), ("empty", "no .jsonl")])
+@pytest.mark.parametrize("name, says", [("b.zip", "not a zip file"), ("empty", "no .jsonl")])
 def test_a_broken_zip_and_an_empty_folder(tmp_path, name, says, capsys):
     (tmp_path / "b.zip").write_bytes(b"PK no")
     (tmp_path / "empty").mkdir()
