@@ -14,8 +14,9 @@ Beside the accuracies are the mean over questions (micro), standard errors, and 
 letters: always answering D scores 30 % on the forget subjects. The five shots are computed once per subject,
 and their cache is shared by its questions.
 
-Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into the checkpoint directory, or into out/OWNER--MODEL
-for a name on the hub; scores of a part or of other questions get a file of their own, mmlu.DIGEST.json.
+Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into the checkpoint directory; into out/OWNER--MODEL for
+a name on the hub, into out/NAME-DIGEST for a directory that cannot be written. Scores of a part or of other
+questions get a file of their own, mmlu.DIGEST.json.
 
 --table reads what the scripts wrote under a directory, names each run as the paper does and prints (3.2)
 
@@ -39,11 +40,13 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 FORGET = ("high_school_biology", "college_biology")  # A.1; every other subject is of the retain set
@@ -108,7 +111,7 @@ def parse_args(argv=None):
     if "--tiny" in argv:
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    worlds = {world_of(ckpt) for ckpt in args.ckpt}
+    worlds = {world_of(ckpt, lambda what: parser.error(f"--ckpt {what}")) for ckpt in args.ckpt}
     own = f"{min(worlds)}/mmlu" if len(worlds) == 1 and None not in worlds else None
     args.mmlu = args.mmlu or own or "cais/mmlu"
     if bool(args.ckpt) == bool(args.table):
@@ -117,8 +120,12 @@ def parse_args(argv=None):
         parser.error("--paper and --to go with --table DIR")
     if not 0 <= args.shots <= 5:
         parser.error("--shots goes from 0 to 5")
-    if args.out and len(args.ckpt) != 1:
+    if args.out is not None and len(args.ckpt) != 1:
         parser.error("--out goes with one --ckpt")
+    if args.out is not None and not (args.out and writable(args.out)):
+        parser.error(f"--out {args.out!r}: no directory that can be written; choose another")
+    if args.table and not os.path.isdir(args.table):
+        parser.error(f"--table {args.table}: no such directory; give the one that the scripts wrote into")
     if args.table and (args.questions or args.about or args.forget_subjects or args.shots != 5):
         parser.error("--questions, --about, --forget-subjects and --shots go with --ckpt")
     if args.about and not args.questions:
@@ -129,13 +136,78 @@ def parse_args(argv=None):
 # fmt: on
 
 
-def read_json(path):
-    return json.loads(path.read_text()) if path.exists() else None
+def visible(text):
+    """A name that came out of a file, its control characters escaped: a terminal would obey them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def world_of(ckpt):
+@cache  # once each
+def left_out(message):
+    print(f"left out: {visible(message)}", file=sys.stderr)
+
+
+def writable(folder):
+    """Can files be written into a directory, made first if it is not there?"""
+    try:
+        there = next(p for p in (Path(folder), *Path(folder).absolute().parents) if p.exists())
+        return there.is_dir() and os.access(there, os.W_OK)
+    except OSError:  # a name too long
+        return False
+
+
+# Shapes, see fits, of what is read from a run's directory: anyone may have written it.
+NONE, NUMBER = type(None), (int, float)
+NAMES = "base data mmlu parent forget retain questions phase attacker name method match format".split()
+NAMES = dict.fromkeys(NAMES, (r"[^\0]*", NONE))
+RUN = {**NAMES, "script": r"(?!recover\.py).+", "arguments": {**NAMES, "probe_steps": (int, NONE)}}
+FACTS = ({"script": NONE}, RUN, RUN | {"script": r"recover\.py", "parent": r"[^\0]+"})  # of an args.json
+SIDE = {"acc": NUMBER, "se": NUMBER}
+PROTOCOL = {"format": ("letter|cloze", NONE), "questions": r"\w{1,64}"}
+SCORES = {"forget": SIDE, "retain": SIDE, "protocol": (PROTOCOL, NONE)}  # of an mmlu.json
+
+
+def fits(value, shape):
+    """Has a value out of a JSON file a shape? That is a type, the pattern of a text, [shape of each entry],
+    {key: shape}, {str: shape of each value}, or a tuple of which one must fit. NaN and infinity never do."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+    if isinstance(shape, dict):
+        if str in shape:
+            return isinstance(value, dict) and fits([*value.values()], [shape[str]])
+        return isinstance(value, dict) and all(fits(value.get(k), one) for k, one in shape.items())
+    if isinstance(shape, str):
+        return isinstance(value, str) and re.fullmatch(shape, value) is not None
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e18)
+
+
+def read_json(path, shape=dict, fault=left_out):
+    """What a JSON file says (of a .jsonl: a list), None if there is no file. If it is broken or has another
+    shape, see fits, that is told to `fault`, and it is None too."""
+    try:
+        if not path.exists():
+            return None
+        text = path.read_text()
+        found = [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        return fault(f"{path.parent}: {path.name} cannot be read ({error}); restore or delete it")
+    if fits(found, shape):
+        return found
+    return fault(f"{path.parent}: {path.name} has not the values it should have; restore or delete it")
+
+
+def read_facts(folder, fault=left_out):
+    """The args.json of a run; {} if there is none, or another program's; None if it is broken."""
+    facts = read_json(path := Path(folder) / "args.json", FACTS, fault)
+    if facts is None:
+        return None if os.path.exists(path) else {}
+    return facts if facts.get("script") else {}
+
+
+def world_of(ckpt, fault):
     """The folder of the miniature's world from which a checkpoint was made with --tiny, else None."""
-    facts = read_json(Path(ckpt) / "args.json") or {}
+    facts = read_facts(ckpt, fault) or {}
     return str((Path(ckpt) / (facts.get("base") or ".")).resolve().parent) if facts.get("tiny") else None
 
 
@@ -147,7 +219,10 @@ import torch
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
-from common import Row, bos, fail, load_model, local_path, read_rows, score_rows, seed_of, write_json
+from common import (
+    Row, bos, check_model, fail, load_model, local_path, read_rows, score_rows, seed_of, write_json,
+    write_text,
+)  # fmt: skip
 
 
 # ---- questions -------------------------------------------------------------------------------------------
@@ -175,17 +250,31 @@ class Exam(dict):
         return Exam({name: self[name] for name in subjects}, self.forget, self.shots, self.about)
 
 
+def as_question(text, choices, answer, where):
+    """A question as in Exam, from a row of a file; one that cannot be used ends the program.
+
+    answer  0 to 3, or "A" to "D"
+    where   flag, file and row, for the message
+    """
+    place = "ABCD".find(answer) if fits(answer, r"[A-D]") else answer
+    texts = [text, *choices] if isinstance(choices, list) else []
+    whole = len(texts) == 5 and all(isinstance(x, str) and x.strip() for x in texts)
+    if not whole or place not in (0, 1, 2, 3):
+        row = f"{[text, choices, answer]}"[:150]
+        fail(f"{where}: needs a question, four choices, an answer (0 to 3, A to D); got {row}")
+    return text, choices, int(place)
+
+
 def read_questions(path, flag="--mmlu"):
-    """[(question, [four choices], answer 0..3)] of a headerless CSV. To pandas "None" would be missing."""
+    """[question] of a headerless CSV: text, four choices, A to D. To pandas "None" would be missing."""
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.reader(f))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{flag} {path}: cannot be read ({error}); MMLU: dev/SUBJECT_dev.csv and test/SUBJECT_test.csv")
-    for i, row in enumerate(rows):
-        if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
-            fail(f"{flag} {path}: row {i}: needs a question, four choices, a letter A to D; got {row[-1:]}")
-    return [(row[0], row[1:5], "ABCD".index(row[5])) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        fail(f"{flag} {path}: cannot be read ({error}); needs rows of a question, four choices, a letter")
+    split = [("".join(row[:1]), row[1:-1], "".join(row[-1:])) for row in rows]
+    found = [as_question(*parts, f"{flag} {path}: row {i}") for i, parts in enumerate(split)]
+    return found or fail(f"{flag} {path}: no questions in it")
 
 
 def own_questions(source):
@@ -194,13 +283,10 @@ def own_questions(source):
     if source.endswith(".csv"):
         return read_questions(source, "--questions")
     name, _, config = (source, "", "") if Path(source).exists() else source.partition(":")
-    rows = read_rows(name, "--questions", ("question", "choices", "answer"), config or None, "test")
-    found = []
-    for i, (text, choices, answer) in enumerate(zip(rows["question"], rows["choices"], rows["answer"])):
-        answer = "ABCD".find(answer) if isinstance(answer, str) and len(answer) == 1 else answer
-        if not text or len(choices or ()) != 4 or answer not in (0, 1, 2, 3):
-            fail(f"--questions {source}: row {i}: needs a question, four choices, an answer (0 to 3, A to D)")
-        found.append((text, list(choices), answer))
+    columns = ("question", "choices", "answer")
+    rows = read_rows(name, "--questions", columns, config or None, "test")
+    parts = enumerate(zip(*(rows[column] for column in columns)))
+    found = [as_question(*part, f"--questions {source}: row {i}") for i, part in parts]
     return found or fail(f"--questions {source}: no questions in it")
 
 
@@ -215,21 +301,27 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     questions  forget set of one's own, without shots, in place of the subjects in `forget`; see own_questions
     about      what the prompt says that those are about; None: their name
     """
-    mmlu = {}
-    if Path(source).is_dir() and not any(Path(source).glob("all/*.parquet")):
+    mmlu, folder = {}, Path(source)
+    if folder.is_dir() and not any(folder.glob("all/*.parquet")):
         kinds = ("dev", {"validation": "val"}.get(split, split))
-        files = [(kind, f) for kind in kinds for f in Path(source).glob(f"{kind}/*_{kind}.csv")]
+        files = [(kind, f) for kind in kinds for f in folder.glob(f"{kind}/*_{kind}.csv")]
         found = {f.name.removesuffix(f"_{kind}.csv") for kind, f in files}
+        if not found:
+            fail(f"--mmlu {source}: neither dev/SUBJECT_dev.csv nor all/*.parquet; give MMLU's own folder")
         for name in subjects or sorted(found | set(forget)):
-            files = [Path(source) / kind / f"{name}_{kind}.csv" for kind in kinds]
+            files = [folder / kind / f"{name}_{kind}.csv" for kind in kinds]
             if lacking := [str(f) for f in files if not f.exists()]:
                 fail(f"--mmlu {source}: {lacking[0]} is missing; complete it (--subjects scores a part)")
             mmlu[name] = tuple(read_questions(f) for f in files)
     else:
+        columns = ("question", "choices", "answer", "subject")
         for place, part in enumerate(("dev", split)):
-            for row in read_rows(source, "--mmlu", ("question", "subject", "choices", "answer"), "all", part):
-                question = row["question"], row["choices"], row["answer"]
-                mmlu.setdefault(row["subject"], ([], []))[place].append(question)
+            if folder.is_dir() and not any(folder.glob(f"all/{part}-*.parquet")):
+                fail(f"--mmlu {source}: all/{part}-*.parquet is missing; complete it, or choose a --split")
+            for i, row in enumerate(read_rows(source, "--mmlu", columns, "all", part)):
+                *parts, name = (row[column] for column in columns)
+                question = as_question(*parts, f"--mmlu {source}: {part}: row {i}")
+                mmlu.setdefault(str(name), ([], []))[place].append(question)
         names = subjects or sorted({*mmlu, *forget})
         if lacking := [name for name in names if not all(mmlu.get(name, ((),)))]:
             fail(f"--mmlu {source}: no questions of {lacking[0]}; complete it (--subjects scores a part)")
@@ -237,6 +329,8 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     for name, (dev, _) in mmlu.items():
         if len(dev) < shots:
             fail(f"--mmlu {source}: {name} has {len(dev)} dev questions; lower --shots {shots}")
+    if subjects is None and not mmlu.keys() - forget:
+        fail(f"--mmlu {source}: no subject of the retain set; complete it (--subjects scores a part)")
     if len(mmlu) < 57:
         print(f"MMLU: {len(mmlu)} of the 57 subjects ({source})", flush=True)
     exam = Exam({name: (dev[:shots], asked) for name, (dev, asked) in mmlu.items()}, forget, shots)
@@ -244,6 +338,8 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
         own = re.sub(r"\W+", "_", Path(questions.partition(":")[2] or questions).stem)
         for name in forget:
             exam.pop(name, None)
+        if own in exam:
+            fail(f"--questions {questions}: {own} is a subject of the retain set; rename the file")
         exam[own], exam.forget = ([], own_questions(questions)), (own,)
         exam.about = {own: about or own.replace("_", " ")}
         print(f"forget set: {len(exam[own][1])} questions about {exam.about[own]}, no shots ({questions})")
@@ -335,16 +431,18 @@ def score_mmlu(model, tokenizer, mmlu, form="letter", budget=None, plans=None, p
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
     was_training, plans, answers = model.training, {} if plans is None else plans, []
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for subject, (shots, questions) in mmlu.items():
+        about, key = getattr(mmlu, "about", {}).get(subject, subject), (subject, form, preface)
+        plans[key] = plans.get(key) or plan(tokenizer, about, shots, questions, form, preface)
+        if (longest := max(len(row.ids) for row in plans[key])) > context:
+            fail(f"{subject}: prompts of {longest} tokens, the model's context is {context}; lower --shots")
     model.eval()
     total = sum(len(questions) for _, questions in mmlu.values())
     with tqdm(total=total, desc=f"MMLU {form}", unit="q", leave=False, disable=None) as bar:
-        for subject, (shots, questions) in mmlu.items():
-            about = getattr(mmlu, "about", {}).get(subject, subject)
-            key = subject, form, preface
-            rows = plans.get(key) or plan(tokenizer, about, shots, questions, form, preface)
-            plans[key] = rows
+        for subject, (_, questions) in mmlu.items():
             found = [[0.0] * 4 for _ in questions]
-            for (j, options), scores in score_rows(model, rows, budget):
+            for (j, options), scores in score_rows(model, plans[subject, form, preface], budget):
                 for option, score in zip(options, scores):
                     found[j][option] = score
                 bar.update(len(options) / 4)
@@ -392,44 +490,68 @@ def summarise(answers, forget=FORGET):
     return result
 
 
+def places(name):
+    """Where a model's scores may be: its directory and, where that cannot be written, out/NAME-DIGEST; of a
+    hub name, out/OWNER--MODEL."""
+    if not os.path.isdir(name):
+        return [Path("out") / str(name).replace("/", "--")]
+    full = Path(name).resolve()
+    return [Path(name), Path("out") / f"{full.name}-{seed_of(str(full)):016x}"[:-8]]
+
+
 def scores_dir(name):
-    """Where a model's scores are kept: its checkpoint directory, or out/OWNER--MODEL for a hub name."""
-    return Path(name) if Path(name).is_dir() else Path("out") / name.replace("/", "--")
+    """Where a model's scores are to be written, see places."""
+    first, *other = places(name)
+    return first if not other or os.access(first, os.W_OK) else other[0]
 
 
 def scores_file(folder, form):
-    """The json file of a format's scores: mmlu for letters, mmlu_cloze for cloze; both may be there."""
-    return Path(folder) / ("mmlu.json" if form == "letter" else f"mmlu_{form}.json")
+    """The json file of a format's scores; both may be there."""
+    return Path(folder) / {"letter": "mmlu.json", "cloze": "mmlu_cloze.json"}[form]
 
 
 def kept_scores(name, own, form):
     """The file of the scores kept for a model in a format whose protocol is `own`, else None."""
-    path = scores_file(scores_dir(name), form)
     digest = own["questions"][:8] if own else ""
-    for file in (path, path.with_name(f"{path.stem}.{digest}.json")):
-        if (summary := read_json(file)) and summary.get("protocol") == own:
-            return file
+    for path in (scores_file(place, form) for place in places(name)):
+        for file in (path, path.with_name(f"{path.stem}.{digest}.json")):
+            if (summary := read_json(file, SCORES)) and summary.get("protocol") == own:
+                return file
     return None
 
 
 def read_answers(file):
     """The answers beside a file of scores, one object per question."""
-    return [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
+    answer = {"subject": str, "prediction": r"[A-D]", "answer": r"[A-D]"}
+    return read_json(file.with_suffix(".jsonl"), [answer], lambda what: fail(f"{what}: they are scored anew"))
 
 
 def write_scores(folder, summary, answers, part=False):
     """Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into a checkpoint directory.
 
     Scores of a part of the questions, of others than the paper's (part), or of others than those of the file
-    that is there, get a file of their own, mmlu.DIGEST.json. Returns the json file.
+    that is there, get a file of their own, mmlu.DIGEST.json. Returns the json file, which says that both are
+    complete; None if they could not be written, and then prints the summary.
     """
     own, path = summary["protocol"], scores_file(folder, summary["protocol"]["format"])
     if part or (read_json(path) or {}).get("protocol", own) != own:
         path = path.with_name(f"{path.stem}.{own['questions'][:8]}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    write_json(path, summary)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path.with_suffix(".jsonl"), "".join(json.dumps(a) + "\n" for a in answers))
+        write_json(path, summary)
+    except OSError as error:
+        lost = f"{path}: cannot be written ({error.strerror}); the scores: {json.dumps(summary)}"
+        return print(lost, file=sys.stderr)
     return path
+
+
+def write_extra(write, path, value):
+    """Writes what can be made again; a fault is a line."""
+    try:
+        write(path, value)
+    except OSError as error:
+        left_out(f"{path}: cannot be written ({error.strerror})")
 
 
 def show_scores(summary):
@@ -479,13 +601,14 @@ def title(facts):
     """The paper's name of the run that an args.json describes; None for a base model."""
     script, a = facts["script"], facts["arguments"]
     if script == "adv_probes.py":
-        name = f"AdvProbes-{a['probe_steps']} ({a['match'].upper()}{', Frz.' if a['freeze'] else ''})"
-        return f"AdvProbes-SWD{' (Frz.)' if a['freeze'] else ''}" if a["swd"] else name
+        name = f"AdvProbes-{a.get('probe_steps')} ({str(a.get('match')).upper()}"
+        name += ", Frz.)" if a.get("freeze") else ")"
+        return f"AdvProbes-SWD{' (Frz.)' if a.get('freeze') else ''}" if a.get("swd") else name
     if script.endswith("train.py"):
-        return CONTROL if a["filtered"] else None
+        return CONTROL if a.get("filtered") else None
     if facts.get("phase") == "random_mapping":
         return "Random Mapping"
-    command = f"{script} --method {a['method']}" if script == "baselines.py" else script
+    command = f"{script} --method {a.get('method')}" if script == "baselines.py" else script
     names = {row[1]: name for name, row in ROWS.items()} | {made: name for name, made in MORE.items()}
     return names.get(command, script.removesuffix(".py"))
 
@@ -497,7 +620,7 @@ def settings(facts, folder):
     what = ("base", "data", "mmlu") if facts.get("script") == "recover.py" else ("base", "data", "parent")
     named = {k: facts.get(k) or given.get(k) for k in (*what, *CORPORA)}
     paths = {k: local_path(folder, v) for k, v in named.items() if v}
-    paths = {k: Path(v).resolve() if Path(v).exists() else v for k, v in paths.items()}
+    paths = {k: Path(v).resolve() if os.path.exists(v) else v for k, v in paths.items()}
     shared = {k: v for k, v in given.items() if k not in (*PLACES, *CORPORA)} | paths
     return re.sub(r"world\d+", "world", repr(sorted((k, str(v)) for k, v in shared.items())))
 
@@ -507,21 +630,19 @@ def rows_under(root, form):
     one row.
 
     A run is {"folder", "attack": a folder or None, "base", "theta", "recovered": summaries, the last may be
-    None, "sweep": of read_sweep, "worst": of worst_case or None}. One whose base was not measured like itself
-    is left out, with a line that says so.
+    None, "sweep": of read_sweep, "worst": of worst_case or None}. One whose files are broken, or whose base
+    was not measured like itself, is left out, with a line that says so.
     """
-    facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    facts = {folder: mine for folder, mine in facts.items() if "script" in mine}  # else another program's
+    facts = {path.parent.resolve(): read_facts(path.parent) for path in sorted(Path(root).rglob("args.json"))}
     attacks, sweeps, parts, groups = {}, {}, {}, {}  # an attack belongs to its victim's row, wherever written
-    for attack in [folder for folder in facts if facts[folder]["script"] == "recover.py"]:
-        victim = scores_dir(local_path(attack, facts[attack]["parent"])).resolve()
-        asked = (read_json(scores_file(attack, form)) or {}).get("protocol")
+    for attack in [folder for folder, mine in facts.items() if mine and mine["script"] == "recover.py"]:
+        victim = places(local_path(attack, facts[attack].get("parent")))[0].resolve()
+        asked = (read_json(scores_file(attack, form), SCORES) or {}).get("protocol")
         if "attacker" not in facts[attack]:
             attacks.setdefault(victim, []).append((attack, repr(asked)))
-        elif facts[attack]["arguments"]["format"] == form:
+        elif facts[attack]["arguments"].get("format") == form:
             parts.setdefault((victim, attack.parent), []).append((attack, asked))
-        known = read_json(victim / "args.json") or {}
-        facts.setdefault(victim, known if "script" in known else None)  # None: another program wrote it
+        facts.setdefault(victim, read_facts(victim))
     for (victim, _), part in parts.items():
         asked = next((asked for _, asked in part if asked), None)  # of one in this format, if any is
         sweeps.setdefault((victim, repr(asked)), []).extend(attack for attack, _ in part)
@@ -530,38 +651,39 @@ def rows_under(root, form):
         if asked not in [other for _, other in attacks.get(victim, ())]:
             attacks.setdefault(victim, []).append((first, asked))
     for folder, mine in sorted(facts.items()):
-        if mine and mine["script"] == "recover.py":
+        if mine is None or mine.get("script") == "recover.py":
             continue
         found = [x for x in attacks.get(folder, ()) if not x[0] or scores_file(x[0], form).exists()]
         for attack, asked in found or [(None, None)]:
             swept = sweeps.get((folder, asked), [])
             known = attack or (swept[0] if swept else None)
             by = facts[known] if known else {"arguments": {}}
-            name, base = mine and title(mine), local_path(folder, (mine or {}).get("base"))
+            name, base = mine and title(mine), local_path(folder, mine.get("base"))
             base = base or local_path(known or folder, by.get("base")) or folder
-            if not name and scores_dir(base).resolve() == folder:
+            if not name and places(base)[0].resolve() == folder:
                 name = "Base" if attack or swept else None
             elif not name:
                 name = by["arguments"].get("name") or folder.name
-            recovered = read_json(scores_file(attack, form)) if attack else None
-            own = (recovered or read_json(scores_file(folder, form)) or {}).get("protocol")
+            recovered = read_json(scores_file(attack, form), SCORES) if attack else None
+            usual = (read_json(scores_file(place, form), SCORES) for place in places(folder))
+            own = (recovered or next(filter(None, usual), {})).get("protocol")
             theta, init = (kept_scores(place, own, form) for place in (folder, base))
             if not name or not theta:
                 continue
             if not init:
-                what = "its base was not scored, or on other questions"
-                print(f"left out: {folder}: {what}", file=sys.stderr)
+                left_out(f"{folder}: its base was not scored, or on other questions")
                 continue
             run = {"folder": folder, "attack": attack, "base": read_json(init), "theta": read_json(theta)}
             run |= {"recovered": recovered, "sweep": read_sweep(swept)}
             run["worst"] = worst_case(run["sweep"]) if swept else None
-            key = name, settings(mine or {}, folder), settings(by, known)
+            key = name, settings(mine, folder), settings(by, known)
             groups.setdefault(key, []).append(run)
     order, titles, rows = [*ROWS, *MORE], [key[0] for key in groups], {}
     for key in sorted(groups, key=lambda key: order.index(key[0]) if key[0] in order else len(order)):
         name, first = key[0], groups[key][0]
         if titles.count(name) > 1:  # the same method in other settings, or under another attack
             name += f" ({first['folder'].name}{', ' + first['attack'].name if first['attack'] else ''})"
+        name = visible(name)
         twice = sum(row.startswith(name) for row in rows)
         rows[f"{name} {twice + 1}" if name in rows else name] = groups[key]
     return rows
@@ -601,12 +723,20 @@ def best_step(theta, summaries):
 def read_sweep(folders):
     """{attacker: {"retain", "base", "base_se", "states"}} of finished attacks of a sweep, by their folders:
     retain accuracy before, forget accuracy of the base, and the accuracies logged, step 0 included."""
-    attacks = {}
+    first = dict.fromkeys(("retain", "base", "base_se"), NUMBER)
+    state = dict.fromkeys(("step", *SIDES, "retain_se"), NUMBER) | {"right": {str: "[01]*"}}
+    attacks, asked = {}, None  # how many questions of each subject
     for folder in sorted(folders):
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        states = [entry for entry in log if entry["phase"] == "accuracy"]
-        known = {key: states[0][key] for key in ("retain", "base", "base_se")}
-        attacks[folder.name] = known | {"states": [s for s in states if "right" in s]}
+        log = read_json(folder / "metrics.jsonl", [dict])
+        entries = [entry for entry in log or () if entry.get("phase") == "accuracy"]
+        states = [entry for entry in entries if "right" in entry]
+        whole = states and fits(states, [state]) and fits(entries[0], first)
+        sizes = [{x: len(answers) for x, answers in s["right"].items()} for s in states if whole]
+        asked = asked or sizes[:1]
+        if whole and all(size == asked[0] for size in sizes):
+            attacks[visible(folder.name)] = {key: entries[0][key] for key in first} | {"states": states}
+        elif log is not None:
+            left_out(f"{folder}: metrics.jsonl lacks accuracies, or they are of other questions")
     return attacks
 
 
@@ -690,7 +820,7 @@ def show_sweep(folder, names):
     text = ["".join(f"{cell:<{w}}" for cell, w in zip(line, width)).rstrip() for line in lines]
     if not (w := worst_case(attacks)):
         return "\n".join(text)
-    write_json(Path(folder) / "worst.json", w)
+    write_extra(write_json, Path(folder) / "worst.json", w)
     found = f"{w['worst']:.1f} ± {w['worst_se']:.1f} (cross-fitted; highest {w['highest']:.1f})"
     text += [
         f"\nworst case of {w['attackers']} attackers: {w['attack']} at step {w['step']}",
@@ -827,38 +957,39 @@ def write_card(folder):
     """Writes the model card of a checkpoint that a script here made, README.md: what was unlearned, from
     which base, its scores, and the worst attack known. A README.md without MARK is left alone."""
     folder, path = Path(folder), Path(folder) / "README.md"
-    facts = read_json(folder / "args.json") or {}
-    if facts.get("script") == "recover.py" or "base" not in facts or not title(facts):
+    facts = read_facts(folder) or {}
+    if facts.get("script") == "recover.py" or not facts.get("base") or not title(facts):
         return  # a base, another program's, or one that an attack made know again
-    if path.exists() and MARK not in path.read_text():
+    if not os.access(folder, os.W_OK) or (path.exists() and MARK.encode() not in path.read_bytes()):
         return
 
-    def public(value):
-        return Path(value).name if str(value).startswith(("/", "..")) else value  # of a local path the name
+    def public(value):  # of a local path the name
+        return visible(Path(value).name if str(value).startswith(("/", "..")) else value)
 
     given = facts["arguments"]
     base, corpora = public(facts["base"]), [given[k] for k in CORPORA if given.get(k)]
-    data = " and ".join(map(public, corpora or [given["data"]]))
+    data = " and ".join(map(public, corpora or [given.get("data")]))
     lines = ["| accuracy, percent | forget | retain |", "|---|---|---|"]
     for form in ("letter", "cloze"):
         places = ((folder, "this model"), (folder / "recovered", "after `recover.py`"))
         for place, what in [(place, f"{what}, scored by {form}") for place, what in places]:
-            if found := read_json(scores_file(place, form)):
+            if found := read_json(scores_file(place, form), SCORES):
                 cells = (f"{100 * found[side]['acc']:.1f} ± {100 * found[side]['se']:.1f}" for side in SIDES)
                 lines.append(f"| {what} | {' | '.join(cells)} |")
-    if w := read_json(folder / "sweep" / "worst.json"):
-        what = f"after the worst of {w['attackers']} attacks, {w['attack']}"
+    worst = dict.fromkeys(("attackers", "worst", "worst_se", "retain_there"), NUMBER) | {"attack": str}
+    if w := read_json(folder / "sweep" / "worst.json", worst):
+        what = f"after the worst of {w['attackers']} attacks, {public(w['attack'])}"
         lines.append(f"| {what} | {w['worst']:.1f} ± {w['worst_se']:.1f} | {w['retain_there']:.1f} |")
     used = {k: public(v) for k, v in given.items() if k not in (*PLACES, *CORPORA) and v is not None}
-    command = f"{facts['script']}: {', '.join(f'{k} {v}' for k, v in used.items())}"
+    command = f"{public(facts['script'])}: {', '.join(f'{visible(k)} {v}' for k, v in used.items())}"
     parent = {"base_model": base} if base.count("/") == 1 else {}
-    path.write_text(f"""---
+    text = f"""---
 {ModelCardData(tags=["unlearning"], **parent).to_yaml()}
 ---
 
 {MARK}
 
-# {title(facts)} of {base}
+# {visible(title(facts))} of {base}
 
 {base}, changed so that it no longer knows the forget set of {data} but still the retain set.
 Nobody can promise that no attack brings it back; what was tried:
@@ -866,7 +997,8 @@ Nobody can promise that no attack brings it back; what was tried:
 {chr(10).join(lines)}
 
     {command}
-""")
+"""
+    write_extra(write_text, path, text)
 
 
 def export(rows, kind):
@@ -911,7 +1043,10 @@ def main(args):
         return
     more = dict(shots=args.shots, questions=args.questions, about=args.about)
     forget = args.forget_subjects or FORGET
+    for name in args.ckpt:  # before the first is scored
+        check_model(name, flag="--ckpt")
     mmlu = load_mmlu(args.mmlu, args.split, args.subjects, forget, **more)
+    lost = False
     for name in args.ckpt:
         model, tokenizer = load_model(name, args.dtype, args.device, flag="--ckpt")
         start = time.time()
@@ -919,10 +1054,11 @@ def main(args):
         pace = len(answers) / (time.time() - start)
         part = args.split != "test" or args.subjects is not None or not mmlu.usual
         path = write_scores(args.out or scores_dir(name), summary, answers, part)
-        print(
-            f"{name} | {args.format} | {show_scores(summary)} | {pace:.1f} questions/s | {path}", flush=True
-        )
+        scores, lost = f"{args.format} | {show_scores(summary)}", lost or not path
+        print(f"{name} | {scores} | {pace:.1f} questions/s | {path or 'NOT WRITTEN'}", flush=True)
         write_card(name)
+    if lost:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":
