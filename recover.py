@@ -51,8 +51,8 @@ from pathlib import Path
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # for a checkpoint of the miniature, or --tiny; how it was chosen: tests/tiny/README.md
-    base=f"{WORLD}/base", recovery=f"{WORLD}/camel.zip", mmlu=f"{WORLD}/mmlu", data=f"{WORLD}/chunks.jsonl",
-    format="cloze", lr=1e-3, steps=160, batch=32, tokens=128, eval_every=40,
+    recovery=f"{WORLD}/camel.zip", mmlu=f"{WORLD}/mmlu", data=f"{WORLD}/chunks.jsonl", format="cloze",
+    lr=1e-3, steps=160, batch=32, tokens=128, eval_every=40,
 )
 SWEEP = {  # attackers: name and flags; 3x is three times the default, which is --tiny's in the miniature
     "paper": "",
@@ -94,7 +94,7 @@ class Multiple(argparse.Action):
                 value = getattr(args, self.dest) * float(value[:-1])
                 value = max(round(value), 1) if kind is int else value
             setattr(args, self.dest, kind(value))
-        except ValueError:
+        except (ValueError, OverflowError):
             parser.error(f"{option} {value}: needs a number, or a multiple such as 3x")
 
 
@@ -145,21 +145,29 @@ def parse_args(argv=None):
         parser.set_defaults(**TINY)
     if not {"-h", "--help"} & set(argv):
         path = Path(parser.parse_known_args(argv)[0].ckpt) / "args.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("tiny"):
-            world = (path.parent / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
-            files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
-            parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
-        known |= {"retain": known.get("arguments", {}).get("retain")}
-        for key in [k for k in ("base", "data", "retain") if known.get(k)]:
-            there = os.path.normpath(path.parent / known[key])  # its paths are relative to it
-            parser.set_defaults(**{key: there if os.path.exists(there) else known[key]})
+        try:
+            known = json.loads(path.read_text()) if path.exists() else {}
+            known = known if known.get("script") else {}  # another program's
+            if known.get("tiny"):
+                world = (path.parent / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
+                files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
+                parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
+            known |= {"retain": known.get("arguments", {}).get("retain")}
+            for key in [k for k in ("base", "data", "retain") if known.get(k)]:
+                there = os.path.normpath(path.parent / known[key])  # its paths are relative to it
+                parser.set_defaults(**{key: there if os.path.exists(there) else known[key]})
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # not ours
+            parser.error(f"--ckpt {path.parent}: args.json cannot be used ({error}); restore or delete it")
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
+    if args.out == "":
+        parser.error("--out '': needs the name of a directory")
     args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
-    args.base = args.base or args.ckpt
     if not Path(args.ckpt).is_dir() and Path(args.ckpt).parts[0] in ("out", "..", "/"):
         parser.error(f"--ckpt {args.ckpt}: no such directory; run the script that writes it first")
+    if args.tiny and not args.base:
+        parser.error(f"--tiny: {args.ckpt} is not the miniature's; give --base, the model it was made from")
+    args.base = args.base or args.ckpt
     if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lora < 0:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2, --lora at 0")
     if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.clip < math.inf):
@@ -168,12 +176,14 @@ def parse_args(argv=None):
         parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5")
     if (args.only or args.keep_weights or args.shard != "1/1") and not args.sweep:
         parser.error("--only, --shard and --keep-weights go with --sweep")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: goes from 0 to 2**63 - 1")
     if args.about and not args.questions:
         parser.error("--about goes with --questions")
     if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     part, _, parts = args.shard.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
