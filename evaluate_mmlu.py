@@ -42,6 +42,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -212,6 +213,7 @@ def world_of(ckpt, fault):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback; scores are whole or absent
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import numpy as np
@@ -258,8 +260,8 @@ def as_question(text, choices, answer, where):
     """
     place = "ABCD".find(answer) if fits(answer, r"[A-D]") else answer
     texts = [text, *choices] if isinstance(choices, list) else []
-    whole = len(texts) == 5 and all(isinstance(x, str) and x.strip() for x in texts)
-    if not whole or place not in (0, 1, 2, 3):
+    whole = len(texts) == 5 and all(isinstance(x, str) for x in texts) and place in (0, 1, 2, 3)
+    if not whole or not text.strip() or not choices[int(place)].strip():  # a wrong choice may be blank
         row = f"{[text, choices, answer]}"[:150]
         fail(f"{where}: needs a question, four choices, an answer (0 to 3, A to D); got {row}")
     return text, choices, int(place)

@@ -205,8 +205,8 @@ from common import (
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
-    protocol, read_answers, read_json, right_answers, score_mmlu, scores_dir, show_scores, show_sweep,
-    write_card, write_scores,
+    protocol, read_answers, read_facts, read_json, right_answers, score_mmlu, scores_dir, show_scores,
+    show_sweep, write_card, write_scores,
 )  # fmt: skip
 
 
@@ -500,7 +500,10 @@ def attack(args, run, victim):
     write_scores(args.out, *states[last])
     row = paper_scores(init, theta[0], summaries[last]) | {"damaged": damaged(theta[0], summaries[last])}
     row |= {"best_step": best, "best_forget": 100 * summaries[best]["forget"]["acc"], "stopped": stopped}
-    write_json(Path(args.out) / "scores.json", row)
+    try:
+        write_json(Path(args.out) / "scores.json", row)
+    except OSError as error:
+        fail(f"--out {args.out}: cannot be written ({error}); make room and run the same command again")
     return row
 
 
@@ -511,8 +514,8 @@ def sweep(args, argv):
     out = {name: Path(args.out) / name for name in SWEEP}
     attackers = {x: parse_args([*argv, *flags.split(), "--out", out[x]]) for x, flags in SWEEP.items()}
     for name in [name for name in SWEEP if (out[name] / "args.json").exists()]:
-        known = read_json(out[name] / "args.json")["arguments"]
-        if other := differs(out[name], known, attackers[name]):
+        known = read_facts(out[name]) or fail(f"{out[name]}: delete this attack, to run it again")
+        if other := differs(out[name], known["arguments"], attackers[name]):
             fail(f"{out[name]} was run with another --{other.replace('_', '-')}; choose another --out")
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
     print(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before", flush=True)

@@ -36,7 +36,7 @@ SCRIPTS = {  # name: script and flags
     "adv_probes": ("adv_probes.py", *SHORT, "--steps", 12),
     "overwriting": ("baselines.py", *SHORT, "--method", "overwriting", "--steps", 20),
     "high_low_lr": ("baselines.py", *SHORT, "--method", "high_low_lr", "--steps", 25),
-    "recover": ("recover.py", *SHORT, "--ckpt", WORLD / "base", "--steps", 12, "--eval-every", 4, "--lora", 4),
+    "recover": ("recover.py", *SHORT, "--ckpt", WORLD / "base", "--steps", 12, "--eval-every", 4),
     "label_pile": ("label_pile.py", "--tiny", "--max-chunks", 400, "--rows", 20),
 }  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -86,13 +86,10 @@ def chain(name, kills, draw, out, known):
     killed = 0
     while killed < kills:
         process, number = start(name, out), draw.choice(SIGNALS)
-        if draw.random() < 0.1:  # while it is still loading
-            time.sleep(draw.uniform(0, first))
-        else:
-            process.stdout.readline()
-            time.sleep(draw.uniform(0, rest / (1 + killed)))
+        said = "" if draw.random() < 0.1 else process.stdout.readline()  # else it is killed while it loads
+        time.sleep(draw.uniform(0, rest / (1 + killed) if said else first))
         process.send_signal(number)
-        said = process.communicate()[0]
+        said += process.communicate()[0]
         if process.returncode in (0, 2) and "is a finished run" not in said:
             if process.returncode == 2:
                 return 0, 0, f"{name}: refused after {killed} kills: {said[-300:]}"
