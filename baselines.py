@@ -57,8 +57,8 @@ rmu: moments of three matrices only; undo: a second model, the teacher.
 
 Metrics: `forget`, the loss on x_f (nats per token; max_entropy: minus the entropy, at least -log V;
 grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; undo: KL; phase random_mapping:
-0 to 2); `retain`, L(θ; x_r) in nats per token (rmu, undo: as `forget`). Healthy: forget falls, retain stays
-near its first value. Sick: retain rises (lr too large).
+0 to 2); `retain`, L(θ; x_r) in nats per token (undo: as `forget`; rmu: `held`, as `forget`). Healthy: forget
+falls, retain stays near its first value. Sick: retain rises (lr too large).
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
     python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
@@ -298,7 +298,7 @@ def rmu(
     steps, lr       optimizer steps; learning rate, of all of them
     layer           l, from 0; the last matrices of the MLPs in layers l - 2, l - 1 and l are trained
     steer, weight   c, length of the vector; α, of the retain loss
-    seed, log       of the vector and the rounding; called as log(i, steps, forget=, retain=)
+    seed, log       of the vector and the rounding; called as log(i, steps, forget=, held=)
     steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
@@ -334,7 +334,7 @@ def rmu(
         check_finite(i, loss_f, loss_r)
         (weight * loss_r).backward()  # .grad = ∇(|h - c u|² + α |h - h_0|²)
         opt.step(i, lr, seed, "rmu", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+        log(i, steps, forget=loss_f.detach(), held=loss_r.detach())
     for p in others:
         p.requires_grad_(True)
 

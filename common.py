@@ -164,7 +164,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         fail(
             f"{flag} {name}: config.json says {depth} layers, the weights have {min(further)}; use their own"
         )
-    V, n = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    V, n = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if not V / 2 <= n <= V:
         fail(f"{flag} {name}: its tokenizer has {n} tokens, the model {V}; use the model's own")
     model.to(where)
@@ -304,7 +304,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.state = args, Path(args.out), Path(args.out) / "state"
         self.start, self.clock, self.last_saved, self.kept = time.time(), {}, time.time(), {"done": {}}
-        self.live, self.between, self.texts, self.stop, self.disk = None, 0, None, None, 0
+        self.live, self.between, self.texts, self.stop, self.disk, self.retain = None, 0, None, None, 0, 0.0
         if not args.dry_run:
             try:
                 self.check_out()
@@ -322,6 +322,7 @@ class Run:
         if not self.args.out or (self.out.exists() and not self.out.is_dir()):
             fail(f"--out {self.out}: not a directory; choose another --out")
         if (self.out / "args.json").exists():
+            shutil.rmtree(self.state, ignore_errors=True)  # of one that was killed when all else was done
             fail(f"--out {self.out} is a finished run; {remedy}")
         if not begun.exists():
             if self.out.exists() and {path.name for path in self.out.iterdir()} - {"state"}:
@@ -465,7 +466,8 @@ class Run:
             print(f"goes on after {phase} {first} of {steps}, saved in {self.state}", flush=True)
         self.trim_log(phase, first)
         if args.save_every:
-            self.check_disk(2 * self.disk + self.size, ", or --save-every 0")
+            there = int("folder" in self.kept)  # the save before stays until the next is whole
+            self.check_disk((2 - there) * self.disk + self.size, ", or --save-every 0")
             for n in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(n, self.on_signal)
         for i in range(first + 1, steps + 1):
@@ -552,6 +554,7 @@ class Run:
         if step % self.args.log_every and step != steps:
             return
         values = {k: float(v) for k, v in values.items()}
+        self.retain = values.get("retain", 0.0)
         self.write(phase=phase, step=step, **values)
         shown, gb = " | ".join(f"{k} {v:.3f}" for k, v in values.items()), peak_bytes() / 1e9
         pace = (time.time() - start) / max(step - first, 1)
@@ -600,6 +603,9 @@ class Run:
                 shutil.rmtree(self.state)
         except (OSError, SafetensorError) as error:
             fail(f"--out {folder}: cannot be written ({error}); then run the same command again to go on")
+        if self.retain > (chance := math.log(self.model.get_input_embeddings().weight.shape[0])):
+            loss = f"{self.retain:.1f} nats, chance {chance:.1f}"
+            print(f"DAMAGED: the loss on the retain set ended at {loss}; try a smaller --lr, another --out")
 
     def write_model(self, folder):
         self.model.save_pretrained(folder)

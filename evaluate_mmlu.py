@@ -635,7 +635,9 @@ def rows_under(root, form):
     None, "sweep": of read_sweep, "worst": of worst_case or None}. One whose files are broken, or whose base
     was not measured like itself, is left out, with a line that says so.
     """
-    facts = {path.parent.resolve(): read_facts(path.parent) for path in sorted(Path(root).rglob("args.json"))}
+    found = [path.parent for path in sorted(Path(root).rglob("args.json"))]
+    found = [folder for folder in found if "state" not in folder.relative_to(root).parts]  # drafts
+    facts = {folder.resolve(): read_facts(folder) for folder in found}
     attacks, sweeps, parts, groups = {}, {}, {}, {}  # an attack belongs to its victim's row, wherever written
     for attack in [folder for folder, mine in facts.items() if mine and mine["script"] == "recover.py"]:
         victim = places(local_path(attack, facts[attack].get("parent")))[0].resolve()

@@ -290,6 +290,26 @@ def test_weights_can_be_read_by_others(tmp_path):
     assert set(modes.values()) == {modes["args.json"]}, modes
 
 
+def test_a_damaged_model_is_called_so(tmp_path, capsys):
+    call("random_mapping", *SHORT, "--steps", 3, "--out", tmp_path / "good")
+    assert "DAMAGED" not in capsys.readouterr().out
+    call("random_mapping", *SHORT, "--steps", 3, "--lr", 0.99, "--out", tmp_path / "bad")
+    assert "DAMAGED: the loss on the retain set ended at" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_after_the_end_is_removed(tmp_path, capsys):
+    """And what it left before the end is no run to a table."""
+    flags = (*SHORT, "--steps", 2, "--out", tmp_path / "out")
+    call("random_mapping", *flags)
+    shutil.copytree(tmp_path / "out", tmp_path / "out" / "state" / "draft")
+    import evaluate_mmlu
+
+    shutil.copy(WORLD / "base" / "mmlu_cloze.json", tmp_path / "out" / "state" / "draft")
+    assert not evaluate_mmlu.rows_under(tmp_path, "cloze")
+    refused(capsys, "random_mapping", *flags, says="finished run")
+    assert not (tmp_path / "out" / "state").exists()
+
+
 def test_a_dry_run_tells_the_disk(tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("rmat", "--tiny", "--dry-run", "--out", tmp_path / "out")
