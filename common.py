@@ -440,10 +440,12 @@ class Run:
         """Ends the program with the weights as they are in OUT/last_good, if they are finite."""
         bad, where = not_finite(self.model), self.out / "last_good"
         kept = f"; {bad} is not finite either, so no weights were kept"
-        if not bad:
-            self.write_model(self.state / "draft")
-            land(self.state / "draft", where)
-            kept = f"; the weights before that step are in {where}"
+        try:
+            if not bad:
+                self.land_model(where)
+                kept = f"; the weights before that step are in {where}"
+        except (OSError, SafetensorError) as full:
+            kept = f"; the weights before that step cannot be written ({full})"
         fail(f"{error}{kept}; try a smaller --lr, with another --out")
 
     def steps_left(self, steps, *state, phase="step"):
@@ -478,7 +480,7 @@ class Run:
                 self.keep(phase, state)
             if i < steps and self.stop:
                 print(
-                    f"stopped after {phase} {i} of {steps}; run the same command again to go on", flush=True
+                    f"stopped after {phase} {i} of {steps}; the same command goes on from there", flush=True
                 )
                 raise SystemExit(128 + self.stop)
 
@@ -507,9 +509,7 @@ class Run:
                 shutil.rmtree(folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
-            print(
-                f"the state cannot be saved ({error}); the run goes on, with the save before", file=sys.stderr
-            )
+            print(f"the state cannot be saved ({error}); the one before, if any, is kept", file=sys.stderr)
 
     @torch.no_grad()
     def restore(self, state):
@@ -531,7 +531,8 @@ class Run:
                 key = (entry := json.loads(line))["phase"], entry["step"]
                 if key[1] <= first or key[0] not in (phase, "accuracy"):
                     rows[key] = line + "\n"
-        write_text(path, "".join(rows.values()))
+        with suppress(OSError):  # a full disk: a line may be there twice
+            write_text(path, "".join(rows.values()))
 
     def hooks(self, phase="step"):
         """Arguments `log` and `steps_left` of a method."""
@@ -576,7 +577,7 @@ class Run:
         weights  False: only args.json
         facts    what later stages need to know, beside what is listed below
         """
-        folder, draft = self.out / phase, self.state / "draft"
+        folder = self.out / phase
         if self.args.dry_run or (folder / "args.json").exists():  # the latter: before the run was cut off
             return
         if weights and (bad := not_finite(self.model)):
@@ -593,12 +594,7 @@ class Run:
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
         }  # fmt: skip
         try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            if weights:
-                self.write_model(draft)
-            write_json(draft / "args.json", facts)
-            land(draft, folder)
+            self.land_model(folder, facts, weights)
             if not phase:
                 shutil.rmtree(self.state)
         except (OSError, SafetensorError) as error:
@@ -607,9 +603,17 @@ class Run:
             loss = f"{self.retain:.1f} nats, chance {chance:.1f}"
             print(f"DAMAGED: the loss on the retain set ended at {loss}; try a smaller --lr, another --out")
 
-    def write_model(self, folder):
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def land_model(self, folder, facts=None, weights=True):
+        """Writes weights, tokenizer and, if given, args.json to a draft first and then to `folder`."""
+        draft = self.state / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        if weights:
+            self.model.save_pretrained(draft)
+            self.tokenizer.save_pretrained(draft)
+        if facts:
+            write_json(draft / "args.json", facts)
+        land(draft, folder)
 
     def finished(self, phase):
         """Is OUT/PHASE there from a run that was cut off? Then the model gets its weights."""

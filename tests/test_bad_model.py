@@ -133,6 +133,16 @@ def test_what_a_file_says_cannot_control_the_terminal(capsys):
     assert error.rstrip("\n").isprintable() and r"\x1b[2Jname \x07from\x9b a file" in error
 
 
+def test_log_probabilities_that_are_nan_are_no_answers(capsys):
+    """Always answering A would look like successful unlearning. The weights themselves are finite here."""
+    model = toy_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    with pytest.raises(SystemExit):
+        list(common.score_rows(model, [common.Row(0, [1, 2, 3], 1, [[4, 5]])]))
+    assert "log-probabilities are NaN or infinite" in capsys.readouterr().err
+
+
 USABLE = {
     "llama": {}, "mistral": dict(num_key_value_heads=1), "qwen2": dict(num_key_value_heads=1), "gpt_neox": {},
     "gemma2": {}, "qwen3": dict(num_key_value_heads=1, head_dim=8), "gemma": dict(head_dim=8), "phi3": {},

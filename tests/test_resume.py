@@ -132,7 +132,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
     first.send_signal(number)
     said = first.communicate()[0].strip().splitlines()
     assert first.returncode == status
-    assert said[-1].startswith("stopped after step") and "run the same command again" in said[-1]
+    assert said[-1].startswith("stopped after step") and "the same command goes on" in said[-1]
     assert "Traceback" not in "".join(said)
     again = start(*flags)
     assert until(again, "goes on after step")
@@ -238,7 +238,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, capsys):
     flags = (*SHORT, "--steps", 3, "--save-every", 1e-9, "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(
-            common.Run, "write_model", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+            common.Run, "land_model", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
         refused(capsys, "random_mapping", *flags, says="run the same command again")
     assert not (tmp_path / "out" / "config.json").exists()
