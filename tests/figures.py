@@ -4,7 +4,8 @@
     python tests/figures.py DIR --format cloze      # the same, options scored by text
 
 Figure 2 is forget and retain accuracy before and after Recovery, Figure 3 the attack's loss and both
-accuracies by attack step; `worst`, where checkpoints were swept, what each attacker reached. The rows are
+accuracies by attack step; where checkpoints were swept, `worst`, what each attacker reached, and `frontier`,
+what robustness costs in compute and in retain accuracy. The rows are
 those that `python evaluate_mmlu.py --table DIR` prints, Table 1's apart from Table 2's; the never-taught
 control, where there is one, is grey, in Figures 2 and 3 as a band of mean ± standard error.
 Needs matplotlib (tests/requirements.txt).
@@ -32,9 +33,12 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before torch is imported
 
-from common import fail
-from evaluate_mmlu import CONTROL, LIMIT, average, read_json, rows_under, scored
+from common import fail, local_path
+from evaluate_mmlu import (
+    CONTROL, LIMIT, average, read_facts, read_json, rows_under, scored, worst_case,
+)  # fmt: skip
 
+OF_BASELINE = {"npo": 7, "rmu": 7, "undo": 8, "overwriting": 8}  # passes a step; the others: 6
 BEST = "AdvProbes-5 (IDK, Frz.)"  # of Table 1 and of Table 2
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
 BEFORE, AFTER = "#9ECAE9", "#B5400A"  # light and dark: apart without colour too
@@ -189,8 +193,58 @@ def figure_worst(Figure, rows, form):
     return figure
 
 
+def passes(folder):
+    """Passes over a batch that made a checkpoint out of its base: a forward pass counts 1, a backward pass 2.
+    What adversarial probes cost by themselves is not counted."""
+    facts = read_facts(folder) or {}
+    script, a = facts.get("script"), facts.get("arguments", {})
+    outer = 3 * (2 * a["K"] + 1) * a["N"] if script in ("mlac_ar.py", "rmat.py") else 0
+    own = {
+        "random_mapping.py": lambda: 6 * a["steps"],
+        "mlac_ar.py": lambda: outer,
+        "rmat.py": lambda: 6 * a["rm_steps"] + outer,
+        "adv_probes.py": lambda: (6 if a["swd"] else 7) * a["steps"],
+        "baselines.py": lambda: OF_BASELINE.get(a["method"], 6) * a["steps"],
+    }
+    return own[script]() + passes(local_path(folder, facts["parent"])) if script in own else 0
+
+
+def figure_frontier(Figure, rows):
+    """Points: ρ in the worst case over the attackers that all rows were swept with, by passes of training.
+    Filled points cost at most 2 points of retain accuracy; the control is the grey line."""
+    swept = {name: [run for run in runs if run.get("sweep")] for name, runs in rows.items()}
+    swept = {"Adversarial Probes" if name == BEST else name: runs for name, runs in swept.items() if runs}
+    common = set.intersection(*(set(run["sweep"]) for runs in swept.values() for run in runs))
+
+    def rho(runs):
+        found = [worst_case({k: v for k, v in run["sweep"].items() if k in common}) for run in runs]
+        return statistics.mean(w["rho"] for w in found), standard_error([w["rho"] for w in found])
+
+    figure = Figure(figsize=(6.9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    if control := swept.pop(CONTROL, None):
+        axes.axhline(rho(control)[0], color="0.7", lw=3, label="never taught")
+    for i, (name, runs) in enumerate((n, r) for n, r in swept.items() if passes(r[0]["folder"])):
+        cost = statistics.mean(
+            100 * (run["base"]["retain"]["acc"] - run["theta"]["retain"]["acc"]) for run in runs
+        )
+        mean, error = rho(runs)
+        axes.errorbar(
+            statistics.mean(passes(run["folder"]) for run in runs), mean, error or None,
+            fmt="os^Dv<>p"[(i + 3 * (i // 8)) % 8], color=COLOURS[i % 8], ms=5, lw=0.8,
+            mfc=None if cost <= 2 else "white", label=f"{name}: {max(cost, 0):.1f}",
+        )  # fmt: skip
+    axes.axhline(0, color="black", lw=0.8, ls=(0, (4, 2)))
+    axes.set(xscale="log", xlabel="passes of training (forward 1, backward 2)", ylim=(-0.15, 1.05))
+    axes.set_ylabel(f"ρ, the worst of {', '.join(sorted(common)) if len(common) < 5 else len(common)}")
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="cost in points of retain accuracy"
+    )
+    return figure
+
+
 def figures(root, rows, form):
-    """Writes Figures 2 and 3 of the attacked rows, and one of the sweeps where there are any, into
+    """Writes Figures 2 and 3 of the attacked rows, and those of the sweeps where there are any, into
     root/figures.
 
     rows  of evaluate_mmlu.rows_under
@@ -204,6 +258,7 @@ def figures(root, rows, form):
     if swept:
         matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat"})
         save_figure(figure_worst(Figure, rows, form), Path(root) / "figures", "worst")
+        save_figure(figure_frontier(Figure, rows), Path(root) / "figures", "frontier")
     rows = {name: runs for name, runs in rows.items() if runs[0]["attack"]}
     control, parts = rows.get(CONTROL, []), groups(rows)
     if not parts and swept:

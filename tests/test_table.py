@@ -389,3 +389,21 @@ def test_sweeps_of_one_checkpoint_in_two_folders_are_one_and_other_questions_ano
     mine = {run["attack"].name: run for run in runs if run["folder"] == victim.resolve()}
     assert mine["paper"]["worst"]["attack"] == "lora" and mine["paper"]["worst"]["attackers"] == 4
     assert mine["own"]["worst"] is None and mine["own"]["theta"]["protocol"] == P
+
+
+def test_passes_of_a_chain_of_runs(tmp_path):
+    """A forward pass counts 1, a backward pass 2: RMAT's 300 and 20 steps at K = 4 are 2,340."""
+    runs = {  # name: script, arguments, parent
+        "base": ("tests/tiny/train.py", {}, "base"),
+        "first": ("random_mapping.py", {"steps": 300}, "../base"),
+        "second": ("rmat.py", {"rm_steps": 0, "K": 4, "N": 20}, "../first"),
+        "whole": ("rmat.py", {"rm_steps": 300, "K": 4, "N": 20}, "../base"),
+        "false": ("baselines.py", {"method": "overwriting", "steps": 1000}, "../base"),
+        "hub": ("baselines.py", {"method": "max_entropy", "steps": 10}, "owner/model"),
+    }
+    for name, (script, arguments, parent) in runs.items():
+        (tmp_path / name).mkdir()
+        facts = {"script": script, "arguments": arguments, "parent": parent, "base": parent}
+        (tmp_path / name / "args.json").write_text(json.dumps(facts))
+    found = {name: figures.passes(tmp_path / name) for name in runs}
+    assert found == {"base": 0, "first": 1800, "second": 2340, "whole": 2340, "false": 8000, "hub": 60}
