@@ -647,7 +647,8 @@ class Run:
         print(f"{'host':6}{'copies':20}{host / 1e9:9.3f} GB")
         if self.args.save_every:
             print(f"{'disk':6}{'two saves':20}{2 * self.disk / 1e9:9.3f} GB in {self.state}")
-        need = {"host memory": host + 1e9 + (0 if gpu else peak)}  # and Python and torch
+        # and Python and torch; what is on a GPU comes to the host, file by file, when it is saved
+        need = {"host memory": host + 1e9 + (self.size if gpu else peak)}
         if gpu:
             need["GPU"] = peak + 1.5e9  # and CUDA's context
         for name, n in need.items():
