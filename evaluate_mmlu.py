@@ -593,7 +593,7 @@ def paper_scores(init, theta, recovered):
 # ---- tables ----------------------------------------------------------------------------------------------
 
 PLACES = set(  # flags that do not make another row of the table
-    "model ckpt base data recovery mmlu out name seed device log_every eval_every dry_run "
+    "model ckpt base data recovery mmlu out name seed device log_every eval_every save_every dry_run "
     "sweep only shard keep_weights".split()
 )
 CORPORA = ("forget", "retain", "questions")  # files and hub names of one's own

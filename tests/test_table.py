@@ -189,7 +189,7 @@ def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
         put(tmp_path / name, {"script": "x.py", "arguments": {}}, summary(0.6, 0.5) | {"protocol": P})
         (tmp_path / name / "args.json").unlink()
         method(tmp_path / f"of_{name}" / "rm", tmp_path / name)
-    method(tmp_path / "of_llama" / "seed1", tmp_path / "llama", "--seed", 1)
+    method(tmp_path / "of_llama" / "seed1", tmp_path / "llama", "--seed", 1, "--save-every", 3)
     method(tmp_path / "of_llama" / "data", tmp_path / "llama", "--data", "other")
     method(tmp_path / "of_llama" / "lr", tmp_path / "llama", "--lr", "1e-3")
     rows = E.rows_under(tmp_path, "cloze")
