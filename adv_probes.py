@@ -129,7 +129,7 @@ import torch.nn.functional as F
 
 from common import (
     AdamW, Run, Stream, all_steps, check_finite, decoder_layers, fail, generator, next_token_loss, no_log,
-    residual_streams, seed_of,
+    residual_streams, say, seed_of,
 )  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def main(args):
             **run.hooks(),
         )  # fmt: skip
     run.save(data=args.data)
-    print(f"next: python recover.py --ckpt {args.out}")
+    say(f"next: python recover.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ from tqdm import tqdm
 
 from common import (
     AdamW, Run, all_steps, check_finite, decoder_layers, fail, generator, logits, next_token_loss, no_log,
-    residual_streams, token_losses, token_mean,
+    residual_streams, say, token_losses, token_mean,
 )  # fmt: skip
 
 
@@ -477,7 +477,7 @@ def main(args):
         more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.hooks(args.method))
         method(model, forget, retain, **own, **more)
     run.save(data=args.data)
-    print(f"next: python recover.py --ckpt {args.out}")
+    say(f"next: python recover.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

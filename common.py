@@ -64,12 +64,22 @@ def fail(message):
     raise SystemExit(2)
 
 
+def say(line):
+    """Prints a line of a long run, which a closed pipe or a full disk behind it must not end."""
+    with suppress(OSError):
+        print(line, flush=True)
+
+
 def configure_libraries():
-    """Silences the libraries; disables transformers' packed-sequence check, which forces a device sync."""
+    """Silences the libraries; disables transformers' packed-sequence check, which forces a device sync; lets
+    any text be printed."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without "±" shows its code
 
 
 def seed_of(*key):
@@ -87,9 +97,10 @@ def check_model(name, flag="--model"):
     """Ends the program if a directory is no model: all that can be seen without loading it. name, flag: see
     load_model."""
     folder, is_hub = Path(name), re.fullmatch(r"[^./~][^/]*/[^/]+", str(name))
-    if not name or not (folder.is_dir() or (is_hub and not folder.exists())):
-        fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
-    if not folder.is_dir():
+    if not name or not (os.path.isdir(name) or (is_hub and not os.path.exists(name))):
+        what = f"{flag} {str(name):.200}: no such directory"
+        fail(f"{what}; give a checkpoint directory or a hub name (owner/model)")
+    if not os.path.isdir(name):
         return
     if (folder / "adapter_config.json").exists():
         merge = "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
@@ -282,6 +293,17 @@ def differs(folder, known, args):
     return next((k for k in flags if plain(known.get(k)) != plain(vars(args)[k])), None)
 
 
+def read_log(out):
+    """The entries of OUT/metrics.jsonl, [dict]; what a kill or someone else left there is passed over."""
+    path, found = Path(out) / "metrics.jsonl", []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            good = isinstance(entry, dict) and isinstance(entry.get("phase"), str)
+            found += [entry] if good and type(entry.get("step")) is int else []
+    return found
+
+
 def no_log(*_, **__):
     """Logs nothing: what a method does by itself, see Run.log."""
 
@@ -305,11 +327,13 @@ class Run:
         self.args, self.out, self.state = args, Path(args.out), Path(args.out) / "state"
         self.start, self.clock, self.last_saved, self.kept = time.time(), {}, time.time(), {"done": {}}
         self.live, self.between, self.texts, self.stop, self.disk, self.retain = None, 0, None, None, 0, 0.0
+        self.inputs, self.unwritten = {}, ""
         if not args.dry_run:
             try:
                 self.check_out()
-            except OSError as error:
-                fail(f"--out {str(self.out):.80}: {error.strerror}; choose another directory")
+            except (OSError, UnicodeEncodeError) as error:
+                why = getattr(error, "strerror", "its name is not UTF-8")
+                fail(f"--out {str(self.out):.80}: {why}; choose another directory")
         if torch.cuda.is_available() and args.device != "cpu":
             header = Path(sysconfig.get_paths()["include"]) / "Python.h"
             compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
@@ -319,6 +343,7 @@ class Run:
     def check_out(self):
         """Only a new directory is written into, or one where this run was cut off."""
         begun, remedy = self.state / "run.json", "choose another --out, or delete that directory first"
+        str(self.out).encode()
         if not self.args.out or (self.out.exists() and not self.out.is_dir()):
             fail(f"--out {self.out}: not a directory; choose another --out")
         if (self.out / "args.json").exists():
@@ -333,16 +358,23 @@ class Run:
             script, flag = known["script"], differs(self.out, known["arguments"], self.args)
             for folder in self.saves():  # the last is newest
                 self.kept = json.loads((folder / "facts.json").read_text()) | {"folder": folder}
+                done = self.kept["done"]
+                if done[self.kept["phase"]] < 1 or {type(n) for n in done.values()} != {int}:
+                    raise ValueError("done")
+                self.start = time.time() - self.kept["seconds"]
         except (ValueError, TypeError, KeyError, AttributeError):
             fail(f"--out {self.out}: {self.state} is broken; {remedy}")
-        if flag or script != Path(sys.argv[0]).name:
-            what = f"with another --{flag.replace('_', '-')}" if flag else f"by {script}"
-            fail(f"--out {self.out} was begun {what}; {remedy}")
+        other = [f"by {script}"] if script != Path(sys.argv[0]).name else []
+        other += [f"with another --{flag.replace('_', '-')}"] if flag else []
+        other += [f"with other {k}" for k, v in self.inputs.items() if known.get("inputs", {}).get(k) != v]
+        if other:
+            fail(f"--out {self.out} was begun {other[0]}; {remedy}")
         self.lock()
 
     def saves(self):
         """Folders of complete saves, oldest first; there are two while the older one is being removed."""
-        return sorted(path.parent for path in self.state.glob("[0-9]*/facts.json"))
+        found = (path.parent for path in self.state.glob("*/facts.json"))
+        return sorted(folder for folder in found if re.fullmatch(r"\d{6}", folder.name))
 
     def lock(self):
         if not locked(self.state / "lock"):
@@ -354,6 +386,8 @@ class Run:
         try:
             facts = Path(name) / "args.json"
             known = dict(json.loads(facts.read_text())) if facts.exists() else {}
+            if not isinstance(known.get("base") or "", str):
+                raise TypeError("base is no name")
         except (ValueError, TypeError, OSError) as error:
             fail(f"{flag} {name}: args.json cannot be read ({error}); delete it if the model is not ours")
         self.base = local_path(name, known.get("base")) or name
@@ -388,6 +422,8 @@ class Run:
         if args.tokens > limit:
             fail(f"--tokens {args.tokens}: the model's context is {limit} tokens; lower it")
         if not args.dry_run:
+            if (key := f"texts ({purpose})") not in self.inputs:
+                self.inputs[key] = seed_of(texts)
             return Stream(texts, self.tokenizer, batch=batch, tokens=args.tokens, seed=args.seed, **more)
         ids = torch.empty(batch, args.tokens, dtype=torch.int64, device="meta")
         return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
@@ -409,13 +445,13 @@ class Run:
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             self.lock()
+            self.inputs["weights"] = seed_of([p.flatten()[:64].tolist() for p in self.model.parameters()])
+            self.check_out()  # again: another process may have come and gone, and now the inputs are known
+            if not (self.state / "run.json").exists():
+                known = {"script": Path(sys.argv[0]).name, "arguments": self.portable_arguments(self.out)}
+                write_json(self.state / "run.json", known | {"inputs": self.inputs})
             if "folder" not in self.kept and not [*self.out.glob("*/args.json")]:  # nothing to go on from
                 (self.out / "metrics.jsonl").write_text("")
-            if not (self.state / "run.json").exists():
-                arguments = self.portable_arguments(self.out)
-                write_json(
-                    self.state / "run.json", {"script": Path(sys.argv[0]).name, "arguments": arguments}
-                )
         except OSError as error:
             fail(f"--out {self.out}: cannot be written ({error.strerror}); choose another directory")
         where = f"{self.model.device} | {tokens} tokens per step | writes {self.out}"
@@ -433,8 +469,8 @@ class Run:
     def check_disk(self, need, more=""):
         there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
         if shutil.disk_usage(there).free < 1.05 * need:
-            gb = f"{1.05 * need / 1e9:.1f} GB"
-            fail(f"--out {self.out}: the disk has less than {gb}; free some, or use another{more}")
+            size = f"{1.05 * need / 1e6:.0f} MB"
+            fail(f"--out {self.out}: the disk has less than {size}; free some, or use another{more}")
 
     def rescue(self, error):
         """Ends the program with the weights as they are in OUT/last_good, if they are finite."""
@@ -464,8 +500,8 @@ class Run:
             return
         first = self.kept["done"].get(phase, 0)
         if first and self.kept["phase"] == phase:
-            self.restore(state)
-            print(f"goes on after {phase} {first} of {steps}, saved in {self.state}", flush=True)
+            self.restore(state, first < steps)
+            say(f"goes on after {phase} {first} of {steps}, saved in {self.state}")
         self.trim_log(phase, first)
         if args.save_every:
             there = int("folder" in self.kept)  # the save before stays until the next is whole
@@ -479,9 +515,7 @@ class Run:
             if i < steps and (late or self.stop):  # after the last one something else is written
                 self.keep(phase, state)
             if i < steps and self.stop:
-                print(
-                    f"stopped after {phase} {i} of {steps}; the same command goes on from there", flush=True
-                )
+                say(f"stopped after {phase} {i} of {steps}; the same command goes on from there")
                 raise SystemExit(128 + self.stop)
 
     def on_signal(self, number, _):
@@ -497,6 +531,8 @@ class Run:
         self.last_saved, draft = time.time(), self.state / "draft"
         facts = {"phase": phase, "done": self.kept["done"], "seconds": time.time() - self.start}
         try:
+            if self.unwritten:
+                raise OSError("metrics.jsonl cannot be written")
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             for n, tensors in enumerate(state):  # file by file: from a GPU each is copied to the host whole
@@ -512,27 +548,26 @@ class Run:
             print(f"the state cannot be saved ({error}); the one before, if any, is kept", file=sys.stderr)
 
     @torch.no_grad()
-    def restore(self, state):
+    def restore(self, state, plausible):
         """Loads the last save into the tensors in `state`."""
         try:
             for n, tensors in enumerate(state):
                 with safe_open(self.kept["folder"] / f"{n}.safetensors", "pt") as f:
                     for j, x in enumerate(tensors):
                         x.copy_(f.get_tensor(str(j)))
-            self.start = time.time() - self.kept["seconds"]
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-            fail(f"--out {self.out}: its saved state is broken ({error!r:.100}); delete that directory")
+        except (OSError, SafetensorError, RuntimeError) as error:
+            plausible = fail(
+                f"--out {self.out}: its saved state is broken ({error!r:.100}); delete {self.out}"
+            )
+        if not plausible or not_finite(self.model):
+            fail(f"--out {self.out}: its saved state is broken; delete {self.out}")
 
     def trim_log(self, phase, first):
-        """Drops from metrics.jsonl what is to come again: later steps of this phase, and torn lines."""
-        rows, path = {}, self.out / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with suppress(ValueError, KeyError):
-                key = (entry := json.loads(line))["phase"], entry["step"]
-                if key[1] <= first or key[0] not in (phase, "accuracy"):
-                    rows[key] = line + "\n"
+        """Drops from metrics.jsonl what is to come again, later steps of this phase, and what is no entry."""
+        lines = {(e["phase"], e["step"]): json.dumps(e) + "\n" for e in read_log(self.out)}
+        lines = [x for (p, i), x in lines.items() if i <= first or p not in (phase, "accuracy")]
         with suppress(OSError):  # a full disk: a line may be there twice
-            write_text(path, "".join(rows.values()))
+            write_text(self.out / "metrics.jsonl", "".join(lines))
 
     def hooks(self, phase="step"):
         """Arguments `log` and `steps_left` of a method."""
@@ -560,15 +595,24 @@ class Run:
         shown, gb = " | ".join(f"{k} {v:.3f}" for k, v in values.items()), peak_bytes() / 1e9
         pace = (time.time() - start) / max(step - first, 1)
         eta = f"{eta / 60:.0f} min" if (eta := pace * (steps - step)) >= 90 else f"{eta:.0f} s"
-        print(f"{phase} {step}/{steps} | {shown} | {pace:.2f} s/step | {gb:.1f} GB | eta {eta}", flush=True)
+        say(f"{phase} {step}/{steps} | {shown} | {pace:.2f} s/step | {gb:.1f} GB | eta {eta}")
 
     def write(self, **values):
-        """Appends one object, with the seconds since the start, to metrics.jsonl."""
+        """Appends one object, with the seconds since the start, to metrics.jsonl. What a full disk does not
+        take is written with the next one: no reason to lose a training."""
+        path = self.out / "metrics.jsonl"
+        self.unwritten += json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n"
         try:
-            with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
-        except OSError as error:  # no reason to lose a training
-            print(f"not logged: {error}", file=sys.stderr)
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with open(path, "a") as f:
+                    f.write(self.unwritten)
+                self.unwritten = ""
+            except OSError:
+                os.truncate(path, size)  # no half lines
+                raise
+        except OSError as error:
+            print(f"not logged yet: {error}", file=sys.stderr)
 
     def save(self, phase="", weights=True, **facts):
         """Writes weights, tokenizer and, last, args.json: it says that the checkpoint is complete.
@@ -578,7 +622,7 @@ class Run:
         facts    what later stages need to know, beside what is listed below
         """
         folder = self.out / phase
-        if self.args.dry_run or (folder / "args.json").exists():  # the latter: before the run was cut off
+        if self.args.dry_run:
             return
         if weights and (bad := not_finite(self.model)):
             fail(f"{bad} is not finite after the last step; try a smaller --lr, with another --out")
@@ -617,7 +661,11 @@ class Run:
 
     def finished(self, phase):
         """Is OUT/PHASE there from a run that was cut off? Then the model gets its weights."""
-        if self.args.dry_run or not (self.out / phase / "args.json").exists():
+        if self.args.dry_run:
+            return False
+        if not (self.out / phase / "args.json").exists():
+            if self.kept.get("phase", phase) != phase:
+                fail(f"{self.out / phase} is gone, which this run went on from; delete {self.out}")
             return False
         there, _ = load_model(self.out / phase, str(self.model.dtype).removeprefix("torch."), "cpu", "--out")
         with torch.no_grad():
@@ -843,6 +891,7 @@ def texts_of(rows, source, flag, column=None, forms=PLAIN):
 def cleaned(text, what, row):
     """A text without "<s>" or "</s>" spelled out at its ends: by removeprefix, as strip eats letters."""
     text = text.removeprefix("<s>").removesuffix("</s>").strip() if isinstance(text, str) else ""
+    text = "" if re.search("[\ud800-\udfff]", text) else text  # halves of characters, not UTF-8
     return text or fail(f"{what} is empty, or of the wrong type, in {row!r:.80}; fix or drop the row")
 
 

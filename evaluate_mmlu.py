@@ -162,14 +162,16 @@ NAMES = "base data mmlu parent forget retain questions phase attacker name metho
 NAMES = dict.fromkeys(NAMES, (r"[^\0]*", NONE))
 RUN = {**NAMES, "script": r"(?!recover\.py).+", "arguments": {**NAMES, "probe_steps": (int, NONE)}}
 FACTS = ({"script": NONE}, RUN, RUN | {"script": r"recover\.py", "parent": r"[^\0]+"})  # of an args.json
-SIDE = {"acc": NUMBER, "se": NUMBER}
+SHARE = slice(0, 1)
+SIDE = {"acc": SHARE, "se": SHARE}
 PROTOCOL = {"format": ("letter|cloze", NONE), "questions": r"\w{1,64}"}
 SCORES = {"forget": SIDE, "retain": SIDE, "protocol": (PROTOCOL, NONE)}  # of an mmlu.json
 
 
 def fits(value, shape):
     """Has a value out of a JSON file a shape? That is a type, the pattern of a text, [shape of each entry],
-    {key: shape}, {str: shape of each value}, or a tuple of which one must fit. NaN and infinity never do."""
+    {key: shape}, {str: shape of each value}, a slice that a number is in, or a tuple of which one must fit.
+    NaN and infinity never do."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, list):
@@ -180,6 +182,8 @@ def fits(value, shape):
         return isinstance(value, dict) and all(fits(value.get(k), one) for k, one in shape.items())
     if isinstance(shape, str):
         return isinstance(value, str) and re.fullmatch(shape, value) is not None
+    if isinstance(shape, slice):
+        return type(value) in NUMBER and shape.start <= value <= shape.stop
     return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e18)
 
 
@@ -187,7 +191,7 @@ def read_json(path, shape=dict, fault=left_out):
     """What a JSON file says (of a .jsonl: a list), None if there is no file. If it is broken or has another
     shape, see fits, that is told to `fault`, and it is None too."""
     try:
-        if not path.exists():
+        if not path.is_file():  # a pipe would be waited for
             return None
         text = path.read_text()
         found = [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
@@ -260,7 +264,8 @@ def as_question(text, choices, answer, where):
     """
     place = "ABCD".find(answer) if fits(answer, r"[A-D]") else answer
     texts = [text, *choices] if isinstance(choices, list) else []
-    whole = len(texts) == 5 and all(isinstance(x, str) for x in texts) and place in (0, 1, 2, 3)
+    whole = len(texts) == 5 and all(isinstance(x, str) for x in texts)
+    whole = whole and place in (0, 1, 2, 3) and not isinstance(place, bool)
     if not whole or not text.strip() or not choices[int(place)].strip():  # a wrong choice may be blank
         row = f"{[text, choices, answer]}"[:150]
         fail(f"{where}: needs a question, four choices, an answer (0 to 3, A to D); got {row}")
@@ -284,7 +289,7 @@ def own_questions(source):
     to D) of json, jsonl, parquet or a dataset on the hub, OWNER/NAME or OWNER/NAME:CONFIG, split test."""
     if source.endswith(".csv"):
         return read_questions(source, "--questions")
-    name, _, config = (source, "", "") if Path(source).exists() else source.partition(":")
+    name, _, config = (source, "", "") if os.path.exists(source) else source.partition(":")
     columns = ("question", "choices", "answer")
     rows = read_rows(name, "--questions", columns, config or None, "test")
     parts = enumerate(zip(*(rows[column] for column in columns)))
@@ -304,7 +309,7 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     about      what the prompt says that those are about; None: their name
     """
     mmlu, folder = {}, Path(source)
-    if folder.is_dir() and not any(folder.glob("all/*.parquet")):
+    if os.path.isdir(source) and not any(folder.glob("all/*.parquet")):
         kinds = ("dev", {"validation": "val"}.get(split, split))
         files = [(kind, f) for kind in kinds for f in folder.glob(f"{kind}/*_{kind}.csv")]
         found = {f.name.removesuffix(f"_{kind}.csv") for kind, f in files}
@@ -318,7 +323,7 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     else:
         columns = ("question", "choices", "answer", "subject")
         for place, part in enumerate(("dev", split)):
-            if folder.is_dir() and not any(folder.glob(f"all/{part}-*.parquet")):
+            if os.path.isdir(source) and not any(folder.glob(f"all/{part}-*.parquet")):
                 fail(f"--mmlu {source}: all/{part}-*.parquet is missing; complete it, or choose a --split")
             for i, row in enumerate(read_rows(source, "--mmlu", columns, "all", part)):
                 *parts, name = (row[column] for column in columns)
@@ -343,6 +348,8 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
         if own in exam:
             fail(f"--questions {questions}: {own} is a subject of the retain set; rename the file")
         exam[own], exam.forget = ([], own_questions(questions)), (own,)
+        if len(exam[own][1]) < 2:
+            fail(f"--questions {questions}: one question has no standard error; give more")
         exam.about = {own: about or own.replace("_", " ")}
         print(f"forget set: {len(exam[own][1])} questions about {exam.about[own]}, no shots ({questions})")
     return exam
@@ -636,7 +643,7 @@ def rows_under(root, form):
     was not measured like itself, is left out, with a line that says so.
     """
     found = [path.parent for path in sorted(Path(root).rglob("args.json"))]
-    found = [folder for folder in found if "state" not in folder.relative_to(root).parts]  # drafts
+    found = [folder for folder in found if folder.parts[-2:] != ("state", "draft")]
     facts = {folder.resolve(): read_facts(folder) for folder in found}
     attacks, sweeps, parts, groups = {}, {}, {}, {}  # an attack belongs to its victim's row, wherever written
     for attack in [folder for folder, mine in facts.items() if mine and mine["script"] == "recover.py"]:
@@ -727,8 +734,8 @@ def best_step(theta, summaries):
 def read_sweep(folders):
     """{attacker: {"retain", "base", "base_se", "states"}} of finished attacks of a sweep, by their folders:
     retain accuracy before, forget accuracy of the base, and the accuracies logged, step 0 included."""
-    first = dict.fromkeys(("retain", "base", "base_se"), NUMBER)
-    state = dict.fromkeys(("step", *SIDES, "retain_se"), NUMBER) | {"right": {str: "[01]*"}}
+    first = dict.fromkeys(("retain", "base", "base_se"), SHARE)
+    state = {"step": NUMBER, **dict.fromkeys((*SIDES, "retain_se"), SHARE), "right": {str: "[01]*"}}
     attacks, asked = {}, None  # how many questions of each subject
     for folder in sorted(folders):
         log = read_json(folder / "metrics.jsonl", [dict])
@@ -737,7 +744,7 @@ def read_sweep(folders):
         whole = states and fits(states, [state]) and fits(entries[0], first)
         sizes = [{x: len(answers) for x, answers in s["right"].items()} for s in states if whole]
         asked = asked or sizes[:1]
-        if whole and all(size == asked[0] for size in sizes):
+        if whole and sum(asked[0].values()) > 1 and all(size == asked[0] for size in sizes):
             attacks[visible(folder.name)] = {key: entries[0][key] for key in first} | {"states": states}
         elif log is not None:
             left_out(f"{folder}: metrics.jsonl lacks accuracies, or they are of other questions")
@@ -809,7 +816,8 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, tw
 def show_sweep(folder, names):
     """The table of a sweep's finished attackers, in the order of `names`, and the worst case, which is also
     written to worst.json."""
-    attacks = read_sweep([path.parent for path in Path(folder).glob("*/args.json")])
+    folders = [path.parent for path in Path(folder).glob("*/args.json")]
+    attacks = read_sweep([path for path in folders if path.name in names])
     lines = [["attacker", "best forget", "at step", "retain there", "last forget", "last retain", ""]]
     for name in [name for name in names if name in attacks]:
         states, least = attacks[name]["states"], attacks[name]["retain"] - LIMIT - 1e-9
@@ -964,7 +972,9 @@ def write_card(folder):
     facts = read_facts(folder) or {}
     if facts.get("script") == "recover.py" or not facts.get("base") or not title(facts):
         return  # a base, another program's, or one that an attack made know again
-    if not os.access(folder, os.W_OK) or (path.exists() and MARK.encode() not in path.read_bytes()):
+    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        return
+    if not os.access(folder, os.W_OK):
         return
 
     def public(value):  # of a local path the name

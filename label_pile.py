@@ -93,7 +93,7 @@ def parse_args(argv=None):
         if (value := getattr(args, flag)) is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} {value}: starts at 1; give more")
     size = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([kMGT]?)B?", args.max_bytes)
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.shard)
     if not size or not float(size[1]):
         parser.error(f"--max-bytes {args.max_bytes}: give a size such as 500MB or 30GB")
     if not shard or not int(shard[1]) < int(shard[2]):
@@ -125,7 +125,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import torch
 from transformers import AutoTokenizer
@@ -262,7 +262,7 @@ class Parts:
                 for i in range(len(names)):
                     if self.path(i).name not in names:
                         self.refuse(f"{self.path(i).name} is missing; restore it, or delete the later ones")
-                    self.add(self.read(self.path(i)))
+                    self.add(self.read(self.path(i), last=i + 1 == len(names)))
             elif self.folder.exists():
                 if [p for p in self.folder.iterdir() if p.suffix not in (".lock", ".draft")]:
                     self.refuse("has files but no settings.json, so no labelling run's; choose another --out")
@@ -317,15 +317,17 @@ class Parts:
         part = re.compile(rf"{self.stem}-\d{{5,}}\.jsonl")
         return {p.name for p in self.folder.iterdir() if part.fullmatch(p.name)}
 
-    def read(self, path):
-        """Rows of a part file, which someone else may have changed."""
+    def read(self, path, last):
+        """Rows of a part file, which someone else may have changed; all but the last are full."""
         try:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             kinds = {([*row] == COLUMNS, type(row["label"])) for row in rows}
-            ids = [re.fullmatch(r"\d+-\d+", row["id"]) for row in rows]
-        except (ValueError, TypeError, KeyError):  # no JSON, no object, no such column
+            ids = [tuple(map(int, row["id"].split("-"))) for row in rows]
+        except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, no such column
             kinds = ids = ()
-        if kinds != {(True, bool)} or not all(ids):
+        ordered = [*([self.after] if self.after else []), *ids]
+        ordered = all(a < b for a, b in pairwise(ordered)) and (last or len(ids) == self.settings["rows"])
+        if kinds != {(True, bool)} or {len(place) for place in ids} != {2} or not ordered:
             self.refuse(f"{path.name} is broken; restore it, or delete it and the later ones")
         return rows
 
@@ -412,7 +414,7 @@ def main(args):
     chunks = read_chunks(rows, cutter, args.tokens, args.shard, args.max_bytes, parts.after)
     one = [*islice(chunks, 1)]  # before anything is written
     if not (one or parts.count or args.shard[1] > 1):
-        fail(f"--pile {args.pile}: no text to label; give documents that are not empty")
+        fail(f"--pile {args.pile}: no text to label in {args.max_bytes} bytes; give other documents, or more")
     parts.begin()
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{model.device} | {dtype} | judge {args.judge} | writes {args.out}")

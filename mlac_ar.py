@@ -121,7 +121,7 @@ import torch
 
 from common import (
     SGD, AdamW, HostCopy, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
-    token_mean,
+    say, token_mean,
 )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def main(args):
             extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, **run.hooks(),
         )  # fmt: skip
     run.save(data=args.data)
-    print(f"next: python recover.py --ckpt {args.out}")
+    say(f"next: python recover.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    AdamW, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
+    AdamW, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams, say,
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def main(args):
     with run.training(tokens=2 * args.batch * args.tokens):
         random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.hooks())
     run.save(data=args.data)
-    print(f"next: python recover.py --ckpt {args.out}")
+    say(f"next: python recover.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

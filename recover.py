@@ -41,10 +41,11 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -176,14 +177,14 @@ def parse_args(argv=None):
         parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5")
     if (args.only or args.keep_weights or args.shard != "1/1") and not args.sweep:
         parser.error("--only, --shard and --keep-weights go with --sweep")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed}: goes from 0 to 2**63 - 1")
+    if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf):
+        parser.error("--seed goes from 0 to 2**63 - 1, --save-every starts at 0")
     if args.about and not args.questions:
         parser.error("--about goes with --questions")
     if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     part, _, parts = args.shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+    if not (re.fullmatch(r"\d{1,9}/\d{1,9}", args.shard) and 1 <= int(part) <= int(parts)):
         parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
@@ -201,7 +202,8 @@ import torch.nn.functional as F
 
 from common import (
     PLAIN, SGD, AdamW, HostCopy, Run, all_steps, as_bool, check_finite, check_model, decoder_layers, differs,
-    fail, generator, load_model, next_token_loss, no_log, read_table, reading, texts_of, write_json,
+    fail, generator, load_model, next_token_loss, no_log, read_log, read_table, reading, say,
+    texts_of, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
@@ -444,9 +446,12 @@ def probe(args, victim, form, theta):
 
 def scored_before(out):
     """{step: summary}, the accuracies in metrics.jsonl: also those from before the run was cut off."""
-    log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    log = [entry for entry in log if entry["phase"] == "accuracy"]
-    return {e["step"]: {side: {"acc": e[side], "se": e[f"{side}_se"]} for side in SIDES} for e in log}
+    found = {}
+    for e in read_log(out):
+        with suppress(KeyError, TypeError):  # no accuracies
+            side = {side: {"acc": 0.0 + e[side], "se": 0.0 + e[f"{side}_se"]} for side in SIDES}
+            found |= {e["step"]: side} if e["phase"] == "accuracy" else {}
+    return found
 
 
 def attack(args, run, victim):
@@ -464,7 +469,7 @@ def attack(args, run, victim):
     def show(label, i, summary, answers, **more):
         states[i], right = (summary, answers), right_answers(answers, victim.exam)
         run.write(phase="accuracy", step=i, **accuracies(summary), right=right, **more)
-        print(f"{label} | {show_scores(summary)}", flush=True)
+        say(f"{label} | {show_scores(summary)}")
 
     def log(i, steps, loss):
         run.log(i, steps, loss=loss)

@@ -108,7 +108,7 @@ import torch.nn.functional as F
 
 from common import (
     SGD, AdamW, HostCopy, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
-    token_mean,
+    say, token_mean,
 )  # fmt: skip
 
 
@@ -305,7 +305,7 @@ def main(args):
             **run.hooks("mlac_ar"),
         )  # fmt: skip
     run.save(data=args.data)
-    print(f"next: python recover.py --ckpt {args.out}")
+    say(f"next: python recover.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

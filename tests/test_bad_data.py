@@ -100,6 +100,11 @@ PAIR = {"message_1": "q", "message_2": "a"}
 RECOVERY = [
     ("latin.txt", "café".encode("latin1"), "UnicodeDecodeError"),
     ("empty.txt", b" \n", "it has no rows"),
+    (
+        "half.zip",
+        zipped(a=b'{"text": "\\ud800"}'),
+        "row 0: text or its answer is empty, or of the wrong type",
+    ),
     ("number.jsonl", jsonl({"text": 5}), "text or its answer is empty, or of the wrong type, in {'text': 5}"),
     ("null.jsonl", jsonl({"text": "a"}, {"text": None}), "row 1: text or its answer"),
     ("question.jsonl", jsonl(PAIR | {"message_1": " "}), "row 0: message_1 or its answer"),
@@ -243,6 +248,16 @@ FOLDERS = [
     ("label", edit("part-00001.jsonl", replaced(b'"label": ', b'"label": 1')), "part-00001.jsonl is broken"),
     ("id", edit("part-00001.jsonl", replaced(b'"id": "', b'"id": "x')), "part-00001.jsonl is broken"),
     ("gap", lambda f: (f / "part-00001.jsonl").unlink(), "part-00001.jsonl is missing"),
+    (
+        "lost rows",
+        edit("part-00001.jsonl", lambda data: b"".join(data.splitlines(True)[:7])),
+        "00001.jsonl is",
+    ),
+    (
+        "twice",
+        lambda f: shutil.copy(f / "part-00000.jsonl", f / "part-00001.jsonl"),
+        "part-00001.jsonl is broken",
+    ),
     ("settings", edit("settings.json", lambda data: data[:20]), "settings.json is broken"),
     ("other", edit("settings.json", replaced(b"207", b"208")), "other settings"),
     ("none", lambda f: (f / "settings.json").unlink(), "no settings.json"),

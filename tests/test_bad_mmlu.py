@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -355,6 +356,8 @@ LOGS = {
     "binary": lambda text: "\x00\x01",
     "empty": lambda text: "",
     "a list": lambda text: "[]\n",
+    "an accuracy of 7": lambda text: text.replace('"forget": 0.6', '"forget": 7'),
+    "no answers": lambda text: re.sub(r'"right": {[^}]*}', '"right": {}', text),
     "a null accuracy": lambda text: text.replace('"forget": 0.6', '"forget": null'),
     "other questions": lambda text: text.replace('"b": "', '"b": "1'),
     "other answers": lambda text: text.replace('"b": "1', '"b": "2'),
@@ -372,6 +375,19 @@ def test_an_attacker_with_a_broken_log_is_left_out_of_the_sweep(runs, name, caps
     assert found["sweep"].keys() == {"a"} and found["worst"]["attack"] == "a"
     assert line.startswith(f"left out: {path.parent}: metrics.jsonl")
     assert "attackers: a at step" in E.show_sweep(runs / "rm" / "sweep", ["a", "mix"])
+
+
+def test_a_copy_of_an_attack_is_no_attacker(runs):
+    swept(runs / "rm", runs / "rm" / "sweep", {"a": [(0.5, 0.9)], "zz_copy": [(0.9, 0.9)]})
+    assert "worst case of 1 attackers: a at step" in E.show_sweep(runs / "rm" / "sweep", ["a", "mix"])
+
+
+def test_an_answer_is_no_truth_value_and_one_question_is_no_test(tmp_path, capsys):
+    for answer, says in ((True, "needs a question"), (1, "one question has no")):
+        row = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": answer}
+        (tmp_path / "q.json").write_text(json.dumps([row]))
+        flags = ("--ckpt", BASE, "--questions", tmp_path / "q.json", "--out", tmp_path / "out")
+        refused(capsys, "evaluate_mmlu", *flags, "--mmlu", f"{BASE}/../mmlu", says=says)
 
 
 def test_names_out_of_files_cannot_reach_the_terminal_or_other_files(runs, capsys):

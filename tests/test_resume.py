@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, WORLD
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_scripts import call, metrics, refused
 
 import common
@@ -315,3 +315,114 @@ def test_a_dry_run_tells_the_disk(tmp_path, capsys):
         call("rmat", "--tiny", "--dry-run", "--out", tmp_path / "out")
     weights = sum(x.numel() * 4 for x in load_file(WORLD / "base" / "model.safetensors").values())
     assert f"two saves{2 * 3 * weights / 1e9:20.3f} GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("facts.json", b"{}"),
+        ("facts.json", b'{"phase": "step", "done": 5, "seconds": 1}'),
+        ("facts.json", b'{"phase": "step", "done": {"step": "2"}, "seconds": 1}'),
+        ("facts.json", b'{"phase": "step", "done": {"step": 2.5}, "seconds": 1}'),
+        ("facts.json", b'{"phase": "step", "done": {"step": 600}, "seconds": 1}'),
+        ("facts.json", b'{"phase": "zzz", "done": {"step": 2}, "seconds": 1}'),
+        ("facts.json", b'{"phase": "step", "done": {"step": 2}, "seconds": "x"}'),
+        ("run.json", b'{"script": "x"}'),
+    ],
+)
+def test_a_state_that_someone_changed_is_refused(tmp_path, monkeypatch, capsys, file, text):
+    flags = begun(tmp_path, monkeypatch)
+    (path,) = (tmp_path / "out" / "state").rglob(file)
+    path.write_bytes(text)
+    refused(capsys, "random_mapping", *flags, says="broken")
+
+
+def test_a_copy_of_a_save_is_not_the_last_save(tmp_path, monkeypatch, capsys):
+    flags = begun(tmp_path, monkeypatch)
+    (save,) = (tmp_path / "out" / "state").glob("[0-9]*")
+    shutil.copytree(save, save.with_name(save.name + ".bak"))
+    call("random_mapping", *flags)
+    assert f"goes on after step {int(save.name)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe\n", b"[1]\n5\n", b'{"phase": "step", "step": "x"}\n', b'{"ste'])
+def test_junk_in_the_log_is_dropped(tmp_path, monkeypatch, junk):
+    flags = begun(tmp_path, monkeypatch)
+    with open(tmp_path / "out" / "metrics.jsonl", "ab") as f:
+        f.write(junk)
+    call("random_mapping", *flags)
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_with_other_inputs_it_refuses(tmp_path, monkeypatch, capsys):
+    """The same names, but what they stand for has changed since the run began."""
+    shutil.copytree(WORLD / "base", tmp_path / "base")
+    rows = (WORLD / "chunks.jsonl").read_text().splitlines()
+    data = tmp_path / "chunks.jsonl"
+    data.write_text("\n".join(rows[:400]))
+    flags = ("--model", tmp_path / "base", "--data", data, "--out", tmp_path / "out")
+    flags = (*SHORT, "--steps", 3, "--save-every", 1e-9, *flags)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_off(patch, 3)
+        call("random_mapping", *flags)
+    data.write_text("\n".join(rows[:399]))
+    refused(capsys, "random_mapping", *flags, says="begun with other texts")
+    data.write_text("\n".join(rows[:400]))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    refused(capsys, "random_mapping", *flags, says="begun with other weights")
+
+
+def test_a_first_phase_that_is_gone_is_not_made_of_the_base(tmp_path, monkeypatch, capsys):
+    flags = (*SHORT, "--rm-steps", 2, "--N", 3, "--K", 1, "--save-every", 1e-9, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_off(patch, 3, "mlac_ar")
+        call("rmat", *flags)
+    (tmp_path / "out" / "random_mapping" / "args.json").unlink()
+    refused(capsys, "rmat", *flags, says="random_mapping is gone")
+
+
+def test_a_process_that_was_overtaken_is_refused(tmp_path, monkeypatch, capsys):
+    """Another one began and ended in the same directory while this one was loading."""
+    flags, load = (*SHORT, "--steps", 1, "--out", tmp_path / "out"), common.Run.load
+
+    def slow(self, *more, **values):
+        monkeypatch.setattr(common.Run, "load", load)
+        call("random_mapping", *flags, "--seed", 5)
+        return load(self, *more, **values)
+
+    monkeypatch.setattr(common.Run, "load", slow)
+    refused(capsys, "random_mapping", *flags, says="finished run")
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["seed"] == 5
+    assert not (tmp_path / "out" / "state").exists()
+
+
+def test_what_a_full_disk_does_not_take_is_logged_later(tmp_path, monkeypatch, capsys):
+    """And until then no state is saved, from which a rerun would go on without it."""
+    saved, real, log = [], open, common.Run.log
+
+    def full(path, mode="r", *more):
+        if mode == "a" and str(path).endswith("metrics.jsonl"):
+            with real(path, mode) as f:
+                f.write('{"half')
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *more)
+
+    def logged(self, step, *more, **values):
+        monkeypatch.setattr(common, "open", full if step in (2, 3) else real, raising=False)
+        log(self, step, *more, **values)
+        saved.append([int(json.loads((f / "facts.json").read_text())["done"]["step"]) for f in self.saves()])
+
+    monkeypatch.setattr(common.Run, "log", logged)
+    call("random_mapping", *SHORT, "--steps", 5, "--save-every", 1e-9, "--out", tmp_path / "out")
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    assert saved == [[], [1], [1], [1], [4]]
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path):
+    command = f"{sys.executable} {ROOT / 'random_mapping.py'} --tiny --batch 4 --steps 4 --log-every 1"
+    command += f" --out {tmp_path / 'out'} | head -2; test -f {tmp_path / 'out' / 'metrics.jsonl'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "args.json").exists()
