@@ -550,7 +550,8 @@ def write_scores(folder, summary, answers, part=False):
         write_text(path.with_suffix(".jsonl"), "".join(json.dumps(a) + "\n" for a in answers))
         write_json(path, summary)
     except OSError as error:
-        lost = f"{path}: cannot be written ({error.strerror}); the scores: {json.dumps(summary)}"
+        what = f"{path}: cannot be written ({error.strerror}); give another --out"
+        lost = f"{Path(sys.argv[0]).name}: {what}; the scores: {json.dumps(summary)}"
         return print(lost, file=sys.stderr)
     return path
 

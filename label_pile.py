@@ -446,7 +446,8 @@ def main(args):
     with parts.writing():
         write_json(parts.summary, summary | {"seconds": round(time.time() - start, 1)})
     print(f"{n} rows, {parts.labels[True]} positive, in {args.out}")
-    print(f"next: python rmat.py{' --tiny' if args.tiny else ''} --data {args.out}")
+    if n:
+        print(f"next: python rmat.py{' --tiny' if args.tiny else ''} --data {args.out}")
 
 
 if __name__ == "__main__":

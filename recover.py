@@ -168,6 +168,8 @@ def parse_args(argv=None):
         parser.error(f"--ckpt {args.ckpt}: no such directory; run the script that writes it first")
     if args.tiny and not args.base:
         parser.error(f"--tiny: {args.ckpt} is not the miniature's; give --base, the model it was made from")
+    if args.base and args.base[0] in "./~" and not os.path.isdir(args.base):
+        parser.error(f"--base {args.base:.200}: no such directory (unless given, args.json's); give it")
     args.base = args.base or args.ckpt
     if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lora < 0:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2, --lora at 0")
