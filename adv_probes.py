@@ -291,7 +291,7 @@ def main(args):
         adv_probes(
             model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
             probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, seed=args.seed,
-            **run.hooks(),
+            **run.phase(),
         )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")

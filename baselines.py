@@ -472,9 +472,9 @@ def main(args):
         fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
     with run.training(tokens=2 * args.batch * args.tokens):
         if high:
-            more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.hooks("random_mapping"))
+            more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))
             random_mapping(model, forget, retain, **more)
-        more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.hooks(args.method))
+        more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.phase(args.method))
         method(model, forget, retain, **own, **more)
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")

@@ -316,7 +316,7 @@ def all_steps(steps, *state):
 class Run:
     """One run of a script: loads model and data, keeps the log, writes the checkpoint directory args.out.
 
-    args  parsed flags; read are data, device, dry_run, dtype, log_every, out, save_every, seed, tiny, tokens
+    args  parsed flags; each script has those that are read here
 
     What is needed to go on after the program was cut off is in OUT/state until the run is done: run.json, its
     arguments, and the last saved state. With args.dry_run the same calls run the script on the meta device
@@ -325,9 +325,19 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.state = args, Path(args.out), Path(args.out) / "state"
-        self.start, self.clock, self.last_saved, self.kept = time.time(), {}, time.time(), {"done": {}}
-        self.live, self.between, self.texts, self.stop, self.disk, self.retain = None, 0, None, None, 0, 0.0
-        self.inputs, self.unwritten = {}, ""
+        self.start, self.clock = time.time(), {}  # clock: when each phase began, for its pace
+        self.texts, self.inputs = (
+            None,
+            {},
+        )  # inputs: digests of texts and weights, which a rerun must find again
+        self.kept, self.last_saved = {"done": {}}, time.time()  # kept: facts.json of the last save
+        self.stop, self.unwritten = None, ""  # the signal that came; lines that metrics.jsonl has not taken
+        self.retain = 0.0  # the last loss on the retain set
+        self.live, self.between, self.disk = (
+            None,
+            0,
+            0,
+        )  # a dry run's count; bytes between steps and of a save
         if not args.dry_run:
             try:
                 self.check_out()
@@ -569,8 +579,8 @@ class Run:
         with suppress(OSError):  # a full disk: a line may be there twice
             write_text(self.out / "metrics.jsonl", "".join(lines))
 
-    def hooks(self, phase="step"):
-        """Arguments `log` and `steps_left` of a method."""
+    def phase(self, phase="step"):
+        """Arguments `log` and `steps_left` of a method that is this phase of the run."""
         return {"log": partial(self.log, phase=phase), "steps_left": partial(self.steps_left, phase=phase)}
 
     def describe(self):
@@ -659,8 +669,9 @@ class Run:
             write_json(draft / "args.json", facts)
         land(draft, folder)
 
-    def finished(self, phase):
-        """Is OUT/PHASE there from a run that was cut off? Then the model gets its weights."""
+    def load_finished(self, phase):
+        """Loads the weights of OUT/PHASE into the model, where a run that was cut off has left them; False if
+        there are none."""
         if self.args.dry_run:
             return False
         if not (self.out / phase / "args.json").exists():
@@ -694,7 +705,8 @@ class Run:
             print(f"{self.place:6}{what:20}{n / 1e9:9.3f} GB")
         print(f"{'host':6}{'copies':20}{host / 1e9:9.3f} GB")
         if self.args.save_every:
-            print(f"{'disk':6}{'two saves':20}{2 * self.disk / 1e9:9.3f} GB in {self.state}")
+            need = 1.05 * (2 * self.disk + self.size)
+            print(f"{'disk':6}{'saves and result':20}{need / 1e9:9.3f} GB in {self.out}")
         # and Python and torch; what is on a GPU comes to the host, file by file, when it is saved
         need = {"host memory": host + 1e9 + (self.size if gpu else peak)}
         if gpu:

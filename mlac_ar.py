@@ -81,11 +81,11 @@ def parse_args(argv=None):
     add("--vary", nargs="*", default=[], choices=("rate", "K", "state", "mix"), metavar="WHAT",
         help="rate K state mix: what each outer step draws anew of its adversary (Algorithm 1: nothing)")
     add("--objective", default="loss", choices=("loss", "entropy"), help="what φ ascends; TAR: entropy")
-    add("--heal", type=float, default=0.0, help="weight of ∇L(ω_K; x_r), which θ descends too")
-    add("--hold", type=float, default=0.0, help="weight of |h - h_0|² on x_r: TAR's retain loss")
+    add("--heal", type=float, default=0.0, help="weight of the retain loss after the attack, L(ω_K; x_r)")
+    add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
-    add("--seed", type=int, default=0, help="of the data's order and the rounding")
+    add("--seed", type=int, default=0, help="of data order, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="outer steps between log lines")
@@ -135,12 +135,12 @@ def entropy(logits, targets):
 
 
 def draw_attacker(vary, K, seed, i):
-    """The adversary of outer step i: (rate, k, warm, mixed), each drawn anew if `vary` names it.
+    """The adversary of outer step i: (rate, K_i, warm, mixed), each drawn anew if `vary` names it.
 
     rate   factor of η: log-uniform over the decade around 1; else 1
-    k      adversary steps ("K"): uniform from 1 to K; else K
-    warm   its moments ("state"): those of the outer loop, as often as zeros; else zeros
-    mixed  its text ("mix"): half of R, as often as all of F; else all of F
+    K_i    adversary steps ("K"): uniform from 1 to K; else K
+    warm   are its first moments those of the outer loop ("state")? with probability 1/2; else they are zeros
+    mixed  does it train on B texts of R beside those of F ("mix")? with probability 1/2; else on F alone
     """
     u = torch.rand(4, generator=generator("cpu", seed, "attacker", i)).tolist()
     rate = 10 ** (u[0] - 0.5) if "rate" in vary else 1.0
@@ -187,7 +187,7 @@ def mlac_ar(
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
     forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and, last, x_heldout
-    retain     Stream of B texts; if vary has "mix" of (K + 1) B: K batches for the adversary and, last, x_r
+    retain     Stream of B texts; if vary has "mix", of (K + 1) B: K batches for the adversary and, last, x_r
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
@@ -207,13 +207,13 @@ def mlac_ar(
     heldout_loss = next_token_loss if objective == "loss" else partial(token_mean, loss=entropy)
     model.train()
     for i in steps_left(N, *opt.moments):
-        rate, last, warm, mixed = draw_attacker(vary, K, seed, i)
+        rate, K_i, warm, mixed = draw_attacker(vary, K, seed, i)
         *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
         *x_a, x_r = zip(*(x.chunk(K + 1 if "mix" in vary else 1) for x in retain[i - 1]))
         theta.save()  # from here on the model is ω
         moments.save()
         means = torch.zeros(2, device=model.device)  # over k, to be logged
-        for k in range(1, last + 1):
+        for k in range(1, K_i + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
             if mixed:
                 loss_f = (loss_f + next_token_loss(model, *x_a[k - 1])) / 2
@@ -221,20 +221,20 @@ def mlac_ar(
                 loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
             loss_h = heldout_loss(model, *x_heldout)
-            means += torch.stack([loss_f.detach(), loss_h.detach()]) / last
-            if heal and k == last:
-                loss_h = loss_h - heal * last / alpha * next_token_loss(model, *x_r)
-            with theta.load_in_backward(params) if k == last else nullcontext():  # after this ω, θ is back
+            means += torch.stack([loss_f.detach(), loss_h.detach()]) / K_i
+            if heal and k == K_i:
+                loss_h = loss_h - heal * K_i / alpha * next_token_loss(model, *x_r)
+            with theta.load_in_backward(params) if k == K_i else nullcontext():  # after this ω, θ is back
                 loss_h.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
         moments.load()
 
-        for p in params:  # .grad = -α/K φ; None where nothing depends on p
-            p.grad = p.grad.mul_(-alpha / last) if alpha and p.grad is not None else None
+        for p in params:  # .grad = -α/K φ (+ heal ∇L(ω_K; x_r)); None where nothing depends on p
+            p.grad = p.grad.mul_(-alpha / K_i) if alpha and p.grad is not None else None
         phi = torch.stack([p.grad.norm() for p in params if p.grad is not None] or [0 * means[0]]).norm()
         more = extra(i, x_r) if extra else 0
         loss_r = next_token_loss(model, *x_r)
         total = loss_r + more
-        check_finite(i, total, means.sum())
+        check_finite(i, total, means.sum(), loss_h)
         total.backward()  # .grad = ∇L(θ; x_r) - α/K φ
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
         log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], phi=phi)
@@ -249,7 +249,7 @@ def main(args):
         mlac_ar(
             model, forget, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
             vary=args.vary, objective=args.objective, heal=args.heal,
-            extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, **run.hooks(),
+            extra=held_streams(model, args.hold) if args.hold else None, seed=args.seed, **run.phase(),
         )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")

@@ -149,7 +149,7 @@ def main(args):
     model = run.load(args.model)
     forget, retain = run.streams(forget=args.batch, retain=args.batch)
     with run.training(tokens=2 * args.batch * args.tokens):
-        random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.hooks())
+        random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.phase())
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

@@ -22,7 +22,7 @@ Memory: as in mlac_ar.py, whose peak is the larger one; it does not depend on K.
 moments are in pinned host memory during the inner loop, 40 GB for 7B.
 
 Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
-`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar.
+`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖, with what --heal adds) in phase mlac_ar.
 
     python rmat.py --tiny               # the miniature on a laptop, 2.5 min       -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
@@ -65,12 +65,12 @@ def parse_args(argv=None):
     add("--vary", nargs="*", default=[], choices=("rate", "K", "state", "mix"), metavar="WHAT",
         help="rate K state mix: what each outer step draws anew of its adversary (Algorithm 1: nothing)")
     add("--objective", default="loss", choices=("loss", "entropy"), help="what φ ascends; TAR: entropy")
-    add("--heal", type=float, default=0.0, help="weight of ∇L(ω_K; x_r), which θ descends too")
-    add("--hold", type=float, default=0.0, help="weight of |h - h_0|² on x_r: TAR's retain loss")
+    add("--heal", type=float, default=0.0, help="weight of the retain loss after the attack, L(ω_K; x_r)")
+    add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--mapping", type=float, default=0.0, help="weight of Random Mapping's loss in the second phase")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
-    add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
+    add("--seed", type=int, default=0, help="of data order, targets, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
@@ -94,7 +94,7 @@ def parse_args(argv=None):
         parser.error("--forget goes with --retain")
     if args.dry_run:
         args.rm_steps, args.K = min(args.rm_steps, 1), min(args.K, 2)  # more steps hold no more
-        args.N = 8 if args.vary else 1  # one of the adversaries drawn trains on both kinds of text
+        args.N = 8 if args.vary else 1  # of eight adversaries one trains on both kinds of text
     return args
 # fmt: on
 
@@ -170,12 +170,12 @@ def entropy(logits, targets):
 
 
 def draw_attacker(vary, K, seed, i):
-    """The adversary of outer step i: (rate, k, warm, mixed), each drawn anew if `vary` names it.
+    """The adversary of outer step i: (rate, K_i, warm, mixed), each drawn anew if `vary` names it.
 
     rate   factor of η: log-uniform over the decade around 1; else 1
-    k      adversary steps ("K"): uniform from 1 to K; else K
-    warm   its moments ("state"): those of the outer loop, as often as zeros; else zeros
-    mixed  its text ("mix"): half of R, as often as all of F; else all of F
+    K_i    adversary steps ("K"): uniform from 1 to K; else K
+    warm   are its first moments those of the outer loop ("state")? with probability 1/2; else they are zeros
+    mixed  does it train on B texts of R beside those of F ("mix")? with probability 1/2; else on F alone
     """
     u = torch.rand(4, generator=generator("cpu", seed, "attacker", i)).tolist()
     rate = 10 ** (u[0] - 0.5) if "rate" in vary else 1.0
@@ -222,7 +222,7 @@ def mlac_ar(
     """MLAC-AR (3.5, Algorithm 1) of `model`, in place.
 
     forget     Stream of (K + 1) B texts: outer step i reads forget[i - 1], K batches x_f and, last, x_heldout
-    retain     Stream of B texts; if vary has "mix" of (K + 1) B: K batches for the adversary and, last, x_r
+    retain     Stream of B texts; if vary has "mix", of (K + 1) B: K batches for the adversary and, last, x_r
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
@@ -242,13 +242,13 @@ def mlac_ar(
     heldout_loss = next_token_loss if objective == "loss" else partial(token_mean, loss=entropy)
     model.train()
     for i in steps_left(N, *opt.moments):
-        rate, last, warm, mixed = draw_attacker(vary, K, seed, i)
+        rate, K_i, warm, mixed = draw_attacker(vary, K, seed, i)
         *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
         *x_a, x_r = zip(*(x.chunk(K + 1 if "mix" in vary else 1) for x in retain[i - 1]))
         theta.save()  # from here on the model is ω
         moments.save()
         means = torch.zeros(2, device=model.device)  # over k, to be logged
-        for k in range(1, last + 1):
+        for k in range(1, K_i + 1):
             loss_f = next_token_loss(model, *x_f[k - 1])
             if mixed:
                 loss_f = (loss_f + next_token_loss(model, *x_a[k - 1])) / 2
@@ -256,20 +256,20 @@ def mlac_ar(
                 loss_f.backward()  # ω ← ω - η ∇L(ω; x_f)
 
             loss_h = heldout_loss(model, *x_heldout)
-            means += torch.stack([loss_f.detach(), loss_h.detach()]) / last
-            if heal and k == last:
-                loss_h = loss_h - heal * last / alpha * next_token_loss(model, *x_r)
-            with theta.load_in_backward(params) if k == last else nullcontext():  # after this ω, θ is back
+            means += torch.stack([loss_f.detach(), loss_h.detach()]) / K_i
+            if heal and k == K_i:
+                loss_h = loss_h - heal * K_i / alpha * next_token_loss(model, *x_r)
+            with theta.load_in_backward(params) if k == K_i else nullcontext():  # after this ω, θ is back
                 loss_h.backward()  # φ ← φ + ∇L(ω; x_heldout), in .grad
         moments.load()
 
-        for p in params:  # .grad = -α/K φ; None where nothing depends on p
-            p.grad = p.grad.mul_(-alpha / last) if alpha and p.grad is not None else None
+        for p in params:  # .grad = -α/K φ (+ heal ∇L(ω_K; x_r)); None where nothing depends on p
+            p.grad = p.grad.mul_(-alpha / K_i) if alpha and p.grad is not None else None
         phi = torch.stack([p.grad.norm() for p in params if p.grad is not None] or [0 * means[0]]).norm()
         more = extra(i, x_r) if extra else 0
         loss_r = next_token_loss(model, *x_r)
         total = loss_r + more
-        check_finite(i, total, means.sum())
+        check_finite(i, total, means.sum(), loss_h)
         total.backward()  # .grad = ∇L(θ; x_r) - α/K φ
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad; then φ ← 0: .grad is None
         log(i, N, retain=loss_r.detach(), adversary=means[0], heldout=means[1], phi=phi)
@@ -282,8 +282,8 @@ def main(args):
     (forget_K,) = run.streams(forget=(args.K + 1) * args.batch)
     (retain_K,) = run.streams(retain=((args.K if "mix" in args.vary else 0) + 1) * args.batch)
     with run.training(tokens=(2 * args.K + 1) * args.batch * args.tokens, checkpoints=2):
-        if args.rm_steps and not run.finished("random_mapping"):
-            more = dict(steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, **run.hooks("random_mapping"))
+        if args.rm_steps and not run.load_finished("random_mapping"):
+            more = dict(steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, **run.phase("random_mapping"))
             random_mapping(model, forget, retain, **more)
             run.save(phase="random_mapping", data=args.data)
         hold = held_streams(model, args.hold) if args.hold else None
@@ -302,7 +302,7 @@ def main(args):
             model, forget_K, retain_K, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
             optimizer=args.optimizer, vary=args.vary, objective=args.objective, heal=args.heal,
             extra=extra if args.hold or args.mapping else None, seed=args.seed,
-            **run.hooks("mlac_ar"),
+            **run.phase("mlac_ar"),
         )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
