@@ -600,7 +600,7 @@ def paper_scores(init, theta, recovered):
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
-PLACES = set(  # flags that do not make another row of the table
+SAME_ROW = set(  # flags that do not make another row of the table
     "model ckpt base data recovery mmlu out name seed device log_every eval_every save_every dry_run "
     "sweep only shard keep_weights".split()
 )
@@ -631,7 +631,7 @@ def settings(facts, folder):
     named = {k: facts.get(k) or given.get(k) for k in (*what, *CORPORA)}
     paths = {k: local_path(folder, v) for k, v in named.items() if v}
     paths = {k: Path(v).resolve() if os.path.exists(v) else v for k, v in paths.items()}
-    shared = {k: v for k, v in given.items() if k not in (*PLACES, *CORPORA)} | paths
+    shared = {k: v for k, v in given.items() if k not in (*SAME_ROW, *CORPORA)} | paths
     return re.sub(r"world\d+", "world", repr(sorted((k, str(v)) for k, v in shared.items())))
 
 
@@ -995,7 +995,7 @@ def write_card(folder):
     if w := read_json(folder / "sweep" / "worst.json", worst):
         what = f"after the worst of {w['attackers']} attacks, {public(w['attack'])}"
         lines.append(f"| {what} | {w['worst']:.1f} ± {w['worst_se']:.1f} | {w['retain_there']:.1f} |")
-    used = {k: public(v) for k, v in given.items() if k not in (*PLACES, *CORPORA) and v is not None}
+    used = {k: public(v) for k, v in given.items() if k not in (*SAME_ROW, *CORPORA) and v is not None}
     command = f"{public(facts['script'])}: {', '.join(f'{visible(k)} {v}' for k, v in used.items())}"
     parent = {"base_model": base} if base.count("/") == 1 else {}
     text = f"""---
