@@ -291,6 +291,7 @@ def test_the_device_that_is_named_is_the_current_one(monkeypatch, tmp_path):
     toy_model().config.save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cuda:1", "cuda", "auto", "cpu"):
         common.load_model(str(tmp_path), device=device, meta=True)
     assert named == [torch.device("cuda:1")]

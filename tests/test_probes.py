@@ -308,8 +308,8 @@ def test_rmu_moves_three_matrices_and_the_stream_of_its_layer():
     forget, retain = Batches(4, seed=1, **same), Batches(4, seed=2, same=True)
     losses = []
 
-    def log(i, n, forget, retain):
-        losses.append((forget.item(), retain.item()))
+    def log(i, n, forget, held):
+        losses.append((forget.item(), held.item()))
 
     B.rmu(model, forget, retain, steps=60, lr=1e-2, layer=2, steer=20.0, weight=100.0, log=log)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
