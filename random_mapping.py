@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
+    add("--save-every", type=float, default=10.0, help="minutes between saves to go on from; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):

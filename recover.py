@@ -138,7 +138,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
+    add("--save-every", type=float, default=10.0, help="minutes between saves to go on from; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature's data and settings; its checkpoints imply it")
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
@@ -274,7 +274,7 @@ def finetune(
     clip           largest norm of the gradient; 0: any
     mix            weight of the retain texts' loss, 0 to 1, against 1 - mix of the texts'
     seed, log      of the rounding; called after every step as log(i, steps, loss=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
+    steps_left     yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     params = [p for p in model.parameters() if p.requires_grad]

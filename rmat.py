@@ -8,10 +8,10 @@ and then trains against the adversary.
     θ ← random_mapping(θ)      # rm_steps steps: residual stream on text of F to noise, next-token loss on R
     θ ← mlac_ar(θ)             # N outer steps (Algorithm 1): K adversary steps on F; down ∇L(θ; x_r), up φ
 
-The functions are word for word those of random_mapping.py and mlac_ar.py, whose docstrings have the
-algorithms, the symbols and our choices. Here one more:
-
-1) The mapping loss is not kept in the second phase ("followed by"), unless `--mapping` gives it a weight.
+θ, ω: weights, and the adversary's; x_r: a batch of text of R; L: next-token cross-entropy; φ: the sum, over
+the adversary's K steps, of the gradient of its loss on other text of F. The functions are word for word those
+of random_mapping.py and mlac_ar.py, whose docstrings have the algorithms and our choices. Here one more: the
+mapping loss is not kept in the second phase ("followed by"), unless `--mapping` gives it a weight.
 
 Beyond the paper, off by default: `--vary`, `--objective`, `--heal` and `--hold`, see mlac_ar.py.
 
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--save-every", type=float, default=10.0, help="minutes between saves; a rerun goes on; 0: none")
+    add("--save-every", type=float, default=10.0, help="minutes between saves to go on from; 0: none")
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature, with settings that fit it")
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
