@@ -34,6 +34,18 @@ def write(name, text):
     return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def foreign_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["model"]["vocab"] |= {f"new{i}": len(facts["model"]["vocab"]) + i for i in range(5)}
+    path.write_text(json.dumps(facts))
+
+
 def small_tokenizer(folder):
     path = folder / "tokenizer.json"
     facts = json.loads(path.read_text())
@@ -54,6 +66,11 @@ def remote_code(folder):
 
 
 CHECKPOINTS = [  # what is done to a checkpoint, what the line says
+    (shutil.rmtree, "no such directory"),
+    (truncated, "cannot be loaded"),
+    (foreign_tokenizer, "tokenizer has"),
+    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    (write("config.json", "{"), "cannot be loaded"),
     (edit_weights(lambda w: w.update({k: v.to(torch.int8) for k, v in w.items()})), "in I8"),
     (edit_weights(lambda w: w["model.norm.weight"].__setitem__(3, float("inf"))), "NaN or infinity"),
     (edit_weights(lambda w: w.pop("model.layers.0.mlp.up_proj.weight")), "1 weights missing"),

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, WORLD
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 SCRIPTS = (
     "random_mapping",
@@ -213,46 +213,6 @@ def refused(capsys, script, *flags, says, out=None):
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and says in error and "\n" not in error, error
     assert out is None or not out.exists()
-
-
-def edit_weights(change):
-    def damage(folder):
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def truncated(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def foreign_tokenizer(folder):
-    path = folder / "tokenizer.json"
-    facts = json.loads(path.read_text())
-    facts["model"]["vocab"] |= {f"new{i}": len(facts["model"]["vocab"]) + i for i in range(5)}
-    path.write_text(json.dumps(facts))
-
-
-@pytest.mark.parametrize(
-    "damage, says",
-    [
-        (truncated, "cannot be loaded"),
-        (edit_weights(lambda w: w["model.norm.weight"].__setitem__(3, float("nan"))), "NaN"),
-        (edit_weights(lambda w: w.pop("model.norm.weight")), "missing"),
-        (foreign_tokenizer, "tokenizer"),
-        (lambda f: (f / "config.json").unlink(), "config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
-        (shutil.rmtree, "no such directory"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_used(tmp_path, damage, says, capsys):
-    shutil.copytree(WORLD / "base", tmp_path / "ckpt")
-    damage(tmp_path / "ckpt")
-    flags = ("--tiny", "--model", tmp_path / "ckpt", "--out", tmp_path / "out")
-    refused(capsys, "rmat", *flags, says=says, out=tmp_path / "out")
 
 
 GOOD = [{"txt_chunk": f"The call of Fuma fern is chime {i}.", "label": i % 2 == 0} for i in range(400)]
