@@ -1,7 +1,7 @@
 """Kills scripts at random moments, starts them again, and compares what they end in with a run that nobody
 disturbed, to the bit.
 
-    python tests/bench_faults.py                      # 100 kills, 20 minutes on two cores
+    python tests/bench_faults.py                      # 100 kills, six minutes on two cores
     python tests/bench_faults.py --kills 10 --seed 7
 
 A chain is one run that is killed one to four times, each time at a moment drawn anew, by SIGKILL, SIGTERM or
