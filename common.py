@@ -326,18 +326,13 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.state = args, Path(args.out), Path(args.out) / "state"
         self.start, self.clock = time.time(), {}  # clock: when each phase began, for its pace
-        self.texts, self.inputs = (
-            None,
-            {},
-        )  # inputs: digests of texts and weights, which a rerun must find again
+        self.texts = None  # {"forget": [..], "retain": [..]}
+        self.inputs = {}  # digests of texts and weights, which a rerun must find again
         self.kept, self.last_saved = {"done": {}}, time.time()  # kept: facts.json of the last save
         self.stop, self.unwritten = None, ""  # the signal that came; lines that metrics.jsonl has not taken
         self.retain = 0.0  # the last loss on the retain set
-        self.live, self.between, self.disk = (
-            None,
-            0,
-            0,
-        )  # a dry run's count; bytes between steps and of a save
+        self.live, self.between = None, 0  # a dry run's count; its bytes between steps
+        self.disk = 0  # bytes of a save
         if not args.dry_run:
             try:
                 self.check_out()
@@ -559,18 +554,18 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state, plausible):
-        """Loads the last save into the tensors in `state`."""
+        """Loads the last save into the tensors in `state`. plausible: is its step one of this phase's?"""
         try:
+            if not plausible:
+                raise ValueError("more steps than there are")
             for n, tensors in enumerate(state):
                 with safe_open(self.kept["folder"] / f"{n}.safetensors", "pt") as f:
                     for j, x in enumerate(tensors):
                         x.copy_(f.get_tensor(str(j)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            plausible = fail(
-                f"--out {self.out}: its saved state is broken ({error!r:.100}); delete {self.out}"
-            )
-        if not plausible or not_finite(self.model):
-            fail(f"--out {self.out}: its saved state is broken; delete {self.out}")
+            if bad := not_finite(self.model):
+                raise ValueError(f"{bad} is not finite")
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+            fail(f"--out {self.out}: its saved state is broken ({error!r:.100}); delete {self.out}")
 
     def trim_log(self, phase, first):
         """Drops from metrics.jsonl what is to come again, later steps of this phase, and what is no entry."""
