@@ -87,6 +87,7 @@ def parse_args(argv=None):
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the probes' RMSprop (Arjovsky et al.)")
     add("--probe-width", type=int, default=1024, help="first hidden width; the second is a quarter")
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data, the probes, the match texts and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -112,6 +113,8 @@ def parse_args(argv=None):
     given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -128,8 +131,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    AdamW, Run, Stream, all_steps, check_finite, decoder_layers, fail, generator, next_token_loss, no_log,
-    residual_streams, say, seed_of,
+    AdamW, Run, Stream, all_rows, all_steps, batch_mean, check_finite, decoder_layers, fail, generator,
+    next_token_loss, no_log, ranks, residual_streams, say, seed_of, sum_gradients,
 )  # fmt: skip
 
 
@@ -143,20 +146,18 @@ def score_gap(probe, h_m, h_f, mask):
     mask = mask[:, 1:]
     with torch.autocast("cuda", torch.bfloat16, enabled=h_f.is_cuda):
         gap = (probe(h_m[:, 1:].float()) - probe(h_f[:, 1:].float())).squeeze(-1)  # (B, T - 1)
-    return (gap.float() * mask).sum() / mask.sum()
+    return batch_mean(gap.float(), mask)
 
 
-def sliced_wasserstein(x, y, directions, mask):
+def sliced_wasserstein(x, y, mask):
     """Squared 2-Wasserstein distance of two samples along lines, mean over lines (3.4). A shift by v: |v|² /
     D.
 
-    x, y        (n, D), two samples of the same size
-    directions  (P, D), unit vectors
-    mask        (n,), true on points that count; others are moved far out in both samples, at no cost
+    x, y  (n, P), two samples of the same size: where their points are on each of P lines, in D dimensions
+    mask  (n,), true on points that count; others are moved far out in both samples, at no cost
     """
-    lines = ((z @ directions.T).masked_fill(~mask[:, None], 1e4) for z in (x, y))  # (n, P)
-    a, b = (torch.sort(z, 0).values for z in lines)
-    return (a - b).square().sum() / (mask.sum() * len(directions))
+    a, b = (torch.sort(z.masked_fill(~mask[:, None], 1e4), 0).values for z in (x, y))
+    return (a - b).square().sum() / (mask.sum() * x.shape[1])
 
 
 def swd_loss(H, mask, *key, lines=128):
@@ -166,11 +167,12 @@ def swd_loss(H, mask, *key, lines=128):
     mask  (B, T), true on tokens; the first position (BOS) is left out
     key   of the noise and the directions, which the layers share
     """
-    mask, D = mask[:, 1:].flatten(), H[0].shape[-1]
+    mask, D = all_rows(mask[:, 1:]).flatten(), H[0].shape[-1]
     draw = partial(torch.randn, generator=generator(mask.device, *key), device=mask.device)
     directions, noise = F.normalize(draw(lines, D), dim=-1), draw(len(mask), D)
-    points = [h[:, 1:].flatten(0, 1).float() for h in H]  # (n, D)
-    return torch.stack([sliced_wasserstein(x, noise, directions, mask) for x in points]).mean()
+    points = [all_rows(h[:, 1:].float() @ directions.T).flatten(0, 1) for h in H]  # (n, P)
+    distances = [sliced_wasserstein(x, noise @ directions.T, mask) for x in points]
+    return torch.stack(distances).mean() / ranks()  # of several GPUs each computes the same
 
 
 def probe_step(probes, optimizer, H_m, H_f, mask, clip=0.1):
@@ -178,6 +180,7 @@ def probe_step(probes, optimizer, H_m, H_f, mask, clip=0.1):
     optimizer.zero_grad()
     for probe, h_m, h_f in zip(probes, H_m, H_f):  # one layer's activations at a time
         (-score_gap(probe, h_m, h_f, mask)).backward()
+    sum_gradients(probes.parameters())
     optimizer.step()
     for module in probes.modules():
         if isinstance(module, torch.nn.Linear):
@@ -248,12 +251,11 @@ def adv_probes(
         opt = AdamW(p for p in model.parameters() if p.requires_grad)
         for i in steps_left(steps, *opt.moments, *own):
             ids, mask = forget[i - 1]
-            with residual_streams(model) as H_f:
-                model.base_model(input_ids=ids, use_cache=False)
+            H_f = residual_streams(model, ids)
             if match is not None:
                 ids_m = match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0)
-                with residual_streams(model) as H_m, torch.no_grad():
-                    model.base_model(input_ids=ids_m, use_cache=False)
+                with torch.no_grad():
+                    H_m = residual_streams(model, ids_m)
                 for _ in range(probe_steps):
                     probe_step(probes, probe_opt, H_m, [h.detach() for h in H_f], mask)  # D ← ascend
                 with frozen(probes.parameters()):

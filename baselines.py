@@ -69,7 +69,6 @@ line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and it
 """
 
 import argparse
-import copy
 import math
 import signal
 import sys
@@ -113,6 +112,7 @@ def parse_args(argv=None):
     add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
     add("--rare", type=float, default=1e-4, help="overwriting: share of F's tokens below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -135,6 +135,8 @@ def parse_args(argv=None):
         parser.error("--layer starts at 2, --weight at 0; 0 < --steer")
     if not 1 <= args.rounds <= args.steps or not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
         parser.error("--rounds goes from 1 to --steps, --noise from 0 to 1; 0 < --rare <= 1")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -152,8 +154,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    AdamW, Run, all_steps, check_finite, decoder_layers, fail, generator, logits, next_token_loss, no_log,
-    residual_streams, say, token_losses, token_mean,
+    AdamW, Run, all_steps, batch_mean, check_finite, decoder_layers, fail, generator, in_parts, local, logits,
+    next_token_loss, no_log, own_rows, residual_streams, say, summed, token_losses, token_mean, twin, whole,
 )  # fmt: skip
 
 
@@ -226,7 +228,8 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, st
     for i in steps_left(steps, *opt.moments):
         if method in TEXT_LOSSES:
             log_p, n = text_log_probs(model, *forget[i - 1])
-            loss_f = TEXT_LOSSES[method](log_p, n, before[i - 1] if before else None).mean()
+            each = TEXT_LOSSES[method](log_p, n, before[i - 1] if before else None)  # (B,)
+            loss_f = batch_mean(each, torch.ones_like(each))
         elif method in LOSSES:
             loss_f = token_mean(model, *forget[i - 1], loss=LOSSES[method])
         else:
@@ -257,7 +260,7 @@ def mapping_loss(H, targets, mask):
     losses = []
     for h in H:
         distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
-        losses.append((distance * mask).sum() / mask.sum())
+        losses.append(batch_mean(distance, mask))
     return torch.stack(losses).mean()
 
 
@@ -275,11 +278,8 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
     model.train()
     for i in steps_left(steps, *opt.moments):
         ids, mask = forget[i - 1]
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        loss_f = mapping_loss(H, r[ids], mask)
+        loss_f = mapping_loss(residual_streams(model, ids), r[ids], mask)
         loss_f.backward()
-        del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
         check_finite(i, loss_f, loss_r)
@@ -313,10 +313,8 @@ def rmu(
 
     def distance(target, ids, mask):
         """|h - target|² / D, mean over tokens, and h (B, T, D)."""
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        h = H[layer].float()
-        return ((h - target).square().mean(-1) * mask).sum() / mask.sum(), h.detach()
+        h = residual_streams(model, ids)[layer].float()
+        return batch_mean((h - target).square().mean(-1), mask), h.detach()
 
     model.train()
     for i in steps_left(steps, *opt.moments):
@@ -342,14 +340,16 @@ def rmu(
 def divergence(model, teacher, ids, mask):
     """KL(p_teacher || p) of the next token, nats, mean over unmasked tokens."""
 
-    def log_p(model):
+    def log_p(model, ids):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return logits(model, hidden[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
 
-    with torch.no_grad():
-        log_q = log_p(teacher)
-    each = F.kl_div(log_p(model), log_q, reduction="none", log_target=True).sum(-1)
-    return (each * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    def each(ids):
+        with torch.no_grad():
+            log_q = in_parts(teacher, partial(log_p, teacher), ids)
+        return F.kl_div(log_p(model, ids), log_q, reduction="none", log_target=True).sum(-1)
+
+    return batch_mean(in_parts(model, each, ids), mask[:, 1:])
 
 
 def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=no_log, steps_left=all_steps):
@@ -363,12 +363,14 @@ def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=no_log, steps_l
     steps_left      yields the steps to do, from 1, see Run.steps_left
     Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    teacher = copy.deepcopy(model).requires_grad_(False)
+    teacher = twin(model).requires_grad_(False)
     with torch.no_grad():
         weights = [p for layer in decoder_layers(model) for p in layer.parameters()]
         for j, W in enumerate(p for p in weights if p.ndim == 2):
-            drawn = torch.empty_like(W).normal_(generator=generator(W.device, seed, "noise", j))
-            W.lerp_(W.std() * drawn, noise)
+            drawn = torch.empty_like(full := whole(W)).normal_(
+                generator=generator(W.device, seed, "noise", j)
+            )
+            local(W).lerp_(own_rows(full.std() * drawn, W), noise)
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     model.train()
     for i in steps_left(steps, *opt.moments):
@@ -391,6 +393,7 @@ def swaps(model, batches, rounds, rare, seed):
     n = torch.zeros(V, device=model.device)
     for ids, mask in batches:
         n.scatter_add_(0, ids.flatten(), mask.flatten().float())
+    n = summed(n)
     is_rare = (n > 0) & (n < rare * n.sum())
     tokens = (~is_rare).int().argsort(stable=True)  # the rare ones first, then all others in order
     pi = []
@@ -413,11 +416,14 @@ def false_text(model, ids, mask, pi):
         hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state
         return logits(model, hidden[:, :-1]).softmax(-1)  # (B, T - 1, V)
 
-    x = ids[:, 1:, None]  # (B, T - 1, 1)
-    p, q = posterior(ids).gather(-1, x), posterior(pi[ids])
-    answer = q.scatter(-1, x, 0).argmax(-1, keepdim=True)  # over all v ≠ x_t
-    replaced = (p > 0.5) & (q.gather(-1, x) < p / 2) & (answer != pi[x])  # pi[x]: copied from the context
-    return torch.cat([ids[:, :1], torch.where(replaced & mask[:, 1:, None], answer, x)[..., 0]], 1)
+    def of_rows(ids, mask):
+        x = ids[:, 1:, None]  # (B, T - 1, 1)
+        p, q = posterior(ids).gather(-1, x), posterior(pi[ids])
+        answer = q.scatter(-1, x, 0).argmax(-1, keepdim=True)  # over all v ≠ x_t
+        replaced = (p > 0.5) & (q.gather(-1, x) < p / 2) & (answer != pi[x])  # pi[x]: copied from the context
+        return torch.cat([ids[:, :1], torch.where(replaced & mask[:, 1:, None], answer, x)[..., 0]], 1)
+
+    return in_parts(model, of_rows, ids, mask)
 
 
 def overwriting(
@@ -447,7 +453,7 @@ def overwriting(
         (ids, mask), x = batches[i - 1], false[i - 1]
         weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
         losses = token_losses(model, x, mask, partial(F.cross_entropy, reduction="none"))
-        loss_f = (weight * losses).sum() / weight.sum()
+        loss_f = batch_mean(losses, weight)
         loss_f.backward()
 
         loss_r = next_token_loss(model, *retain[i - 1])

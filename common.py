@@ -11,6 +11,7 @@ Robust Unlearning for LLMs* (Tamirisa et al., 2024). Everything random is a func
 step), not of earlier draws.
 """
 
+import atexit
 import codecs
 import errno
 import fcntl
@@ -31,7 +32,10 @@ import weakref
 import zipfile
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from datetime import timedelta
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +45,12 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_cached_size_mb:16")
 import fsspec
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import transformers
@@ -60,6 +65,7 @@ def fail(message):
     files say may be in it, so control characters are escaped."""
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    leave()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -123,7 +129,7 @@ def check_model(name, flag="--model"):
         fail(f"{flag} {name}: cannot be loaded ({error!r:.200}); is the download complete?")
 
 
-def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
+def load_model(name, dtype="auto", device="auto", flag="--model", meta=False, alone=False):
     """A causal language model, in eval mode, and its tokenizer; one that cannot be used ends the program.
 
     name    checkpoint directory (ours or any that save_pretrained wrote) or hub name
@@ -131,20 +137,27 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     device  "auto": the GPU if there is one (models above 2 G parameters need one); or a torch device's name
     flag    that named the model, for messages
     meta    only the config is read: the model is on the meta device, and there is no tokenizer
+    alone   under torchrun: whole, as if there were no other processes; else sharded over them
     """
     configure_libraries()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         fail(f"--device {device}: use auto, cuda, cuda:N or cpu")
     if not meta or not (Path(name) / "config.json").exists():  # a dry run needs the config alone
         check_model(name, flag)
-    has_gpu = torch.cuda.is_available()
+    has_gpu, many = torch.cuda.is_available(), launched()[1] > 1 and not meta
     where = torch.device(("cuda" if has_gpu else "cpu") if device == "auto" else device)
+    if many and where.type == "cuda":
+        if where.index is not None:
+            fail(f"--device {device}: under torchrun each process has its own GPU; use auto")
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if where.type == "cuda" and not has_gpu and not meta:
         fail(f"--device {device}: no GPU is visible here; use --device cpu, or --tiny for the miniature")
-    if where.index and has_gpu:
+    if where.index is not None and has_gpu:
         if where.index >= (n := torch.cuda.device_count()):
             fail(f"--device {device}: {n} GPUs are visible, cuda:0 to cuda:{n - 1}; use one of them")
         torch.cuda.set_device(where)  # where streams and events are made
+    if many and not alone:
+        connect(where.type)
     safe = {"trust_remote_code": False}  # a checkpoint is data
     unreachable = None if Path(name).is_dir() else hub_error()
     try:
@@ -161,7 +174,10 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
             fail(f"{flag} {name}: {size} need a GPU and none is visible; use --device cpu, or --tiny")
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         more = {"use_safetensors": True, "output_loading_info": True, **safe}
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
+        if rank() == 0:
+            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **more)
+        else:  # the weights come from rank 0
+            model, info = model.to(dtype), {"missing_keys": (), "unexpected_keys": ()}
     except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds
         remedy = "no such directory; for a hub model accept its licence on its page and run `hf auth login`"
         if Path(name).is_dir():
@@ -178,7 +194,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     V, n = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if not V / 2 <= n <= V:
         fail(f"{flag} {name}: its tokenizer has {n} tokens, the model {V}; use the model's own")
-    model.to(where)
+    model = model.to(where) if ranks() == 1 else shard(model, dtype, where)
     if bad := not_finite(model):
         fail(f"{flag} {name}: {bad} contains NaN or infinity; use an earlier checkpoint")
     check_forward(model.eval(), f"{flag} {name}")
@@ -187,10 +203,13 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
 
 def not_finite(model):
     """Name of the first parameter that contains NaN or infinity, or None."""
-    return next((key for key, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    names = [key for key, _ in model.named_parameters()]
+    found = (j for j, p in enumerate(model.parameters()) if not torch.isfinite(local(p)).all())
+    first = -agreed(-next(found, len(names)))[0]
+    return names[first] if first < len(names) else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_forward(model, what):
     """Ends the program if log-probabilities as they are computed here are not the model's own.
 
@@ -222,7 +241,9 @@ def local_path(folder, value):
 
 
 def write_text(path, text):
-    """Writes `text` completely or not at all."""
+    """Writes `text` completely or not at all; of several ranks the first does."""
+    if rank():
+        return
     draft = Path(f"{path}.{os.getpid()}.draft")
     try:
         draft.write_text(text)
@@ -329,10 +350,14 @@ class Run:
         self.texts = None  # {"forget": [..], "retain": [..]}
         self.inputs = {}  # digests of texts and weights, which a rerun must find again
         self.kept, self.last_saved = {"done": {}}, time.time()  # kept: facts.json of the last save
-        self.stop, self.unwritten = None, ""  # the signal that came; lines that metrics.jsonl has not taken
+        self.stop, self.unwritten = 0, ""  # the signal that came; lines that metrics.jsonl has not taken
         self.retain = 0.0  # the last loss on the retain set
-        self.live, self.between = None, 0  # a dry run's count; its bytes between steps
+        self.live, self.between = None, 0  # a dry run's count; its bytes on a GPU between steps
         self.disk = 0  # bytes of a save
+        self.ranks = launched()[1]
+        if args.dry_run and launched()[0]:
+            raise SystemExit(0)  # rank 0 says it
+        self.inputs["number of processes"] = self.ranks
         if not args.dry_run:
             try:
                 self.check_out()
@@ -371,7 +396,7 @@ class Run:
             fail(f"--out {self.out}: {self.state} is broken; {remedy}")
         other = [f"by {script}"] if script != Path(sys.argv[0]).name else []
         other += [f"with another --{flag.replace('_', '-')}"] if flag else []
-        other += [f"with other {k}" for k, v in self.inputs.items() if known.get("inputs", {}).get(k) != v]
+        other += [f"with other {k}" for k, v in self.inputs.items() if known.get("inputs", {}).get(k, 1) != v]
         if other:
             fail(f"--out {self.out} was begun {other[0]}; {remedy}")
         self.lock()
@@ -382,7 +407,7 @@ class Run:
         return sorted(folder for folder in found if re.fullmatch(r"\d{6}", folder.name))
 
     def lock(self):
-        if not locked(self.state / "lock"):
+        if not launched()[0] and not locked(self.state / "lock"):
             fail(f"--out {self.out}: another process is writing there; wait for it, or choose another --out")
 
     def load(self, name, flag="--model"):
@@ -400,6 +425,7 @@ class Run:
         self.tokenizer, self.place = (None, found.type) if args.dry_run else (found, self.model.device.type)
         if self.place == "cuda":
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.micro_batch = args.micro_batch
         self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return self.model
 
@@ -426,11 +452,13 @@ class Run:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", args.tokens)
         if args.tokens > limit:
             fail(f"--tokens {args.tokens}: the model's context is {limit} tokens; lower it")
+        if batch % self.ranks:
+            fail(f"--batch: {batch} texts of the {purpose} set for {self.ranks} processes; give a multiple")
         if not args.dry_run:
             if (key := f"texts ({purpose})") not in self.inputs:
                 self.inputs[key] = seed_of(texts)
             return Stream(texts, self.tokenizer, batch=batch, tokens=args.tokens, seed=args.seed, **more)
-        ids = torch.empty(batch, args.tokens, dtype=torch.int64, device="meta")
+        ids = torch.empty(batch // self.ranks, args.tokens, dtype=torch.int64, device="meta")
         return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
 
     @contextmanager
@@ -443,23 +471,16 @@ class Run:
         """
         if self.args.dry_run:
             HostCopy.reserved = 0
-            with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as self.live:
+            shapes = {p.shape for p in self.model.parameters()}
+            with LiveBytes([*self.model.parameters(), *self.model.buffers()], shapes) as self.live:
                 yield
             raise SystemExit(self.report())
         self.check_disk(checkpoints * self.size)
-        try:
-            self.state.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            self.inputs["weights"] = seed_of([p.flatten()[:64].tolist() for p in self.model.parameters()])
-            self.check_out()  # again: another process may have come and gone, and now the inputs are known
-            if not (self.state / "run.json").exists():
-                known = {"script": Path(sys.argv[0]).name, "arguments": self.portable_arguments(self.out)}
-                write_json(self.state / "run.json", known | {"inputs": self.inputs})
-            if "folder" not in self.kept and not [*self.out.glob("*/args.json")]:  # nothing to go on from
-                (self.out / "metrics.jsonl").write_text("")
-        except OSError as error:
-            fail(f"--out {self.out}: cannot be written ({error.strerror}); choose another directory")
+        if not rank():
+            self.begin()
+        barrier()
         where = f"{self.model.device} | {tokens} tokens per step | writes {self.out}"
+        where = f"{self.ranks} x {where}" if self.ranks > 1 else where
         print(f"{self.describe()} | {where}", flush=True)
         self.last = self.last_saved = time.time()
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -470,6 +491,23 @@ class Run:
         finally:
             for n, handler in handlers.items():
                 signal.signal(n, handler)
+
+    def begin(self):
+        """Makes the directory, or finds that this very run was cut off there."""
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.inputs["weights"] = seed_of(
+                [local(p).flatten()[:64].tolist() for p in self.model.parameters()]
+            )
+            self.check_out()  # again: another process may have come and gone, and now the inputs are known
+            if not (self.state / "run.json").exists():
+                known = {"script": Path(sys.argv[0]).name, "arguments": self.portable_arguments(self.out)}
+                write_json(self.state / "run.json", known | {"inputs": self.inputs})
+            if "folder" not in self.kept and not [*self.out.glob("*/args.json")]:  # nothing to go on from
+                (self.out / "metrics.jsonl").write_text("")
+        except OSError as error:
+            fail(f"--out {self.out}: cannot be written ({error.strerror}); choose another directory")
 
     def check_disk(self, need, more=""):
         there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
@@ -517,17 +555,21 @@ class Run:
             yield i
             self.kept["done"][phase] = i
             late = 0 < 60 * args.save_every < time.time() - self.last_saved
-            if i < steps and (late or self.stop):  # after the last one something else is written
+            late, stop = agreed(late, self.stop)
+            if i < steps and (late or stop):  # after the last one something else is written
                 self.keep(phase, state)
-            if i < steps and self.stop:
+            if i < steps and stop:
                 say(f"stopped after {phase} {i} of {steps}; the same command goes on from there")
-                raise SystemExit(128 + self.stop)
+                raise SystemExit(128 + stop)
 
     def on_signal(self, number, _):
         if self.stop:
             os._exit(128 + number)
         self.stop = number
-        os.write(2, b"\nthis step is finished and saved first; a second signal ends the program at once\n")
+        if ranks() == 1:  # torchrun sends it also when another rank has ended
+            os.write(
+                2, b"\nthis step is finished and saved first; a second signal ends the program at once\n"
+            )
 
     def keep(self, phase, state):
         """Saves the tensors in `state` completely or not at all; the save before stays until then."""
@@ -535,22 +577,45 @@ class Run:
             raise FloatingPointError(f"{bad} is not finite after {phase} {self.kept['done'][phase]}")
         self.last_saved, draft = time.time(), self.state / "draft"
         facts = {"phase": phase, "done": self.kept["done"], "seconds": time.time() - self.start}
-        try:
+
+        def begin():
             if self.unwritten:
                 raise OSError("metrics.jsonl cannot be written")
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
+
+        def write():
             for n, tensors in enumerate(state):  # file by file: from a GPU each is copied to the host whole
-                save_file({str(j): x.detach() for j, x in enumerate(tensors)}, draft / f"{n}.safetensors")
+                save_file({str(j): local(x).detach() for j, x in enumerate(tensors)}, draft / self.file(n))
+
+        def finish():
             write_json(draft / "facts.json", facts)
             before = self.saves()
             number = int(before[-1].name) + 1 if before else 1
             land(draft, self.state / f"{number:06}", last=["facts.json"])
             for folder in before:
                 shutil.rmtree(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            print(f"the state cannot be saved ({error}); the one before, if any, is kept", file=sys.stderr)
+
+        for act in (begin, write, finish):  # of several ranks each writes its share, rank 0 does the rest
+            error = None
+            try:
+                if not rank() or act is write:
+                    act()
+            except (OSError, SafetensorError) as found:
+                error = found
+            if agreed(error is not None)[0]:
+                why = error or "on another rank"
+                if error or not rank():
+                    print(
+                        f"the state cannot be saved ({why}); the one before, if any, is kept", file=sys.stderr
+                    )
+                if not rank():
+                    shutil.rmtree(draft, ignore_errors=True)
+                return
+
+    def file(self, n):
+        """Where this rank saves the n-th list of tensors."""
+        return f"{n}.safetensors" if self.ranks == 1 else f"{n}-{rank()}-of-{self.ranks}.safetensors"
 
     @torch.no_grad()
     def restore(self, state, plausible):
@@ -559,9 +624,9 @@ class Run:
             if not plausible:
                 raise ValueError("more steps than there are")
             for n, tensors in enumerate(state):
-                with safe_open(self.kept["folder"] / f"{n}.safetensors", "pt") as f:
+                with safe_open(self.kept["folder"] / self.file(n), "pt") as f:
                     for j, x in enumerate(tensors):
-                        x.copy_(f.get_tensor(str(j)))
+                        local(x).copy_(f.get_tensor(str(j)))
             if bad := not_finite(self.model):
                 raise ValueError(f"{bad} is not finite")
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
@@ -569,6 +634,8 @@ class Run:
 
     def trim_log(self, phase, first):
         """Drops from metrics.jsonl what is to come again, later steps of this phase, and what is no entry."""
+        if rank():
+            return
         lines = {(e["phase"], e["step"]): json.dumps(e) + "\n" for e in read_log(self.out)}
         lines = [x for (p, i), x in lines.items() if i <= first or p not in (phase, "accuracy")]
         with suppress(OSError):  # a full disk: a line may be there twice
@@ -588,13 +655,13 @@ class Run:
         values  numbers or 0-d tensors; copied from the device here and only here
         """
         if self.live:
-            self.between = max(self.between, self.live.now)
+            self.between = max(self.between, self.live.on_each(self.ranks))
             return
         first, start = self.clock.setdefault(phase, (step - 1, self.last))
         self.last = time.time()
         if step % self.args.log_every and step != steps:
             return
-        values = {k: float(v) for k, v in values.items()}
+        values = {k: float(summed(v) if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
         self.retain = values.get("retain", 0.0)
         self.write(phase=phase, step=step, **values)
         shown, gb = " | ".join(f"{k} {v:.3f}" for k, v in values.items()), peak_bytes() / 1e9
@@ -605,6 +672,8 @@ class Run:
     def write(self, **values):
         """Appends one object, with the seconds since the start, to metrics.jsonl. What a full disk does not
         take is written with the next one: no reason to lose a training."""
+        if rank():
+            return
         path = self.out / "metrics.jsonl"
         self.unwritten += json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n"
         try:
@@ -635,6 +704,7 @@ class Run:
         if getattr(self.args, "forget", None):
             names["data"] = None  # two corpora instead, named in arguments
         device = torch.cuda.get_device_name() if self.place == "cuda" else platform.machine() + " cpu"
+        device = f"{self.ranks} x {device}" if self.ranks > 1 else device
         facts = {
             "script": Path(sys.argv[0]).name, "phase": phase, "arguments": self.portable_arguments(folder),
             **{k: self.portable(folder, v) for k, v in names.items()}, "tiny": self.args.tiny,
@@ -644,7 +714,7 @@ class Run:
         }  # fmt: skip
         try:
             self.land_model(folder, facts, weights)
-            if not phase:
+            if not phase and not rank():
                 shutil.rmtree(self.state)
         except (OSError, SafetensorError) as error:
             fail(f"--out {folder}: cannot be written ({error}); then run the same command again to go on")
@@ -654,15 +724,19 @@ class Run:
 
     def land_model(self, folder, facts=None, weights=True):
         """Writes weights, tokenizer and, if given, args.json to a draft first and then to `folder`."""
+        state_dict = gathered(self.model) if weights and ranks() > 1 else None
+        if rank():
+            return barrier()
         draft = self.state / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         if weights:
-            self.model.save_pretrained(draft)
+            self.model.save_pretrained(draft, state_dict=state_dict)
             self.tokenizer.save_pretrained(draft)
         if facts:
             write_json(draft / "args.json", facts)
         land(draft, folder)
+        barrier()
 
     def load_finished(self, phase):
         """Loads the weights of OUT/PHASE into the model, where a run that was cut off has left them; False if
@@ -673,10 +747,14 @@ class Run:
             if self.kept.get("phase", phase) != phase:
                 fail(f"{self.out / phase} is gone, which this run went on from; delete {self.out}")
             return False
-        there, _ = load_model(self.out / phase, str(self.model.dtype).removeprefix("torch."), "cpu", "--out")
+        dtype, where = (
+            str(self.model.dtype).removeprefix("torch."),
+            "cpu" if ranks() == 1 else self.args.device,
+        )
+        there, _ = load_model(self.out / phase, dtype, where, "--out")
         with torch.no_grad():
             for p, q in zip(self.model.parameters(), there.parameters()):
-                p.copy_(q)
+                local(p).copy_(local(q))
         print(f"goes on after {phase}, finished in {self.out / phase}", flush=True)
         return True
 
@@ -689,27 +767,53 @@ class Run:
         return os.path.relpath(value, folder) if exists else value
 
     def report(self):
-        """Prints what a dry run counted; returns the exit status, 1 if it does not fit."""
-        gpu, peak, host = self.place == "cuda", self.live.peak, HostCopy.reserved
+        """Prints what a dry run counted, under torchrun for one of its GPUs; returns the exit status, 1 if it
+        does not fit."""
+        gpu, n, live = self.place == "cuda", self.ranks, self.live
+        peak, local_ranks = live.peaks[n], int(os.environ.get("LOCAL_WORLD_SIZE", n))
+        rows = {"weights": self.size / n, "between steps": self.between}
+        if n > 1:
+            rows["gathered"] = self.gathered_bytes()
+            peak += rows["gathered"]
         have = {"host memory": memory_limit(), "GPU": 0}
         if torch.cuda.is_available():
             have["GPU"] = torch.cuda.get_device_properties(0).total_memory
         here = have["GPU"] > 0 or not gpu  # else it is to run elsewhere
-        print(self.describe())
-        for what, n in (("weights", self.size), ("between steps", self.between), ("peak", peak)):
-            print(f"{self.place:6}{what:20}{n / 1e9:9.3f} GB")
-        print(f"{'host':6}{'copies':20}{host / 1e9:9.3f} GB")
+        print(self.describe() + (f" | on each of {n}" if n > 1 else ""))
+        for what, size in (rows | {"peak": peak}).items():
+            print(f"{self.place:6}{what:20}{size / 1e9:9.3f} GB")
+        print(f"{'host':6}{'copies':20}{HostCopy.reserved / n / 1e9:9.3f} GB")
         if self.args.save_every:
             need = 1.05 * (2 * self.disk + self.size)
             print(f"{'disk':6}{'saves and result':20}{need / 1e9:9.3f} GB in {self.out}")
         # and Python and torch; what is on a GPU comes to the host, file by file, when it is saved
-        need = {"host memory": host + 1e9 + (self.size if gpu else peak)}
+        need = {"host memory": local_ranks * (HostCopy.reserved / n + 1e9 + (0 if gpu else peak))}
         if gpu:
+            need["host memory"] += self.size
             need["GPU"] = peak + 1.5e9  # and CUDA's context
-        for name, n in need.items():
-            fits = f"of {have[name] / 1e9:.0f}: {'it fits' if n <= have[name] else 'it does not fit'}"
-            print(f"{name}: needs {math.ceil(n / 1e9)} GB {fits if here else '(no GPU here)'}")
-        return int(here and any(n > have[name] for name, n in need.items()))
+        for name, size in need.items():
+            fits = f"of {have[name] / 1e9:.0f}: {'it fits' if size <= have[name] else 'it does not fit'}"
+            print(f"{name}: needs {math.ceil(size / 1e9)} GB {fits if here else '(no GPU here)'}")
+        if gpu and n == 1 and need["GPU"] > 80e9:
+            print(self.advice())
+        return int(here and any(size > have[name] for name, size in need.items()))
+
+    def gathered_bytes(self):
+        """What FSDP2 holds beside shards, at most: what is outside of the layers and a table of its size; of
+        the layers the one in use, the next, a gradient, and one in float32 that is being reduced."""
+        each = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(self.model)]
+        outside, size = self.model.num_parameters() - sum(each), self.model.dtype.itemsize
+        return 2 * outside * size + max(each) * (3 * size + 4)
+
+    def advice(self, card=80e9):
+        """The least number of GPUs that is enough, by what this dry run on one has counted."""
+        more = self.gathered_bytes() + 1.5e9
+        each = {n: peak + self.size / n + more for n, peak in self.live.peaks.items() if n > 1}  # a gradient
+        enough = [n for n in each if each[n] <= card and self.args.batch % n == 0]
+        if not enough:
+            return f"no number of 80 GB GPUs that divides --batch {self.args.batch} is enough; give another"
+        n = enough[0]
+        return f"80 GB GPUs: {n}, with at most {math.ceil(each[n] / 1e9)} GB on each (torchrun, see README)"
 
 
 def memory_limit(cgroups=("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
@@ -720,33 +824,220 @@ def memory_limit(cgroups=("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/me
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts the bytes of live tensors on any device: `now` and, the most so far, `peak`.
+    """Inside, counts the bytes of live tensors on any device: `now` and, the most so far, `peak`; `peaks`: by
+    number of GPUs, the most on each.
 
     tensors  made before, to be counted as well
+    shapes   of what is sharded over several GPUs: weights, and with them gradients and moments
     """
 
-    def __init__(self, tensors=()):
+    def __init__(self, tensors=(), shapes=()):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now, self.sharded, self.known, self.shapes = 0, 0, {}, shapes
+        self.peaks = dict.fromkeys(sorted({*(1 << k for k in range(9)), launched()[1]}), 0)
         self.add(tensors)
 
+    @property
+    def peak(self):
+        return self.peaks[1]
+
+    def on_each(self, n):
+        return self.now - self.sharded + self.sharded / n
+
     def add(self, tensors):
+        before = self.now
         for x in tree_leaves(tensors):
             storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
             if storage and storage._cdata not in self.known:  # once, however many tensors are views of it
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+                size = storage.nbytes()
+                self.known[storage._cdata] = size if x.shape in self.shapes else 0
+                self.now, self.sharded = self.now + size, self.sharded + self.known[storage._cdata]
+                weakref.finalize(storage, self.drop, storage._cdata, size)
+        for n in self.peaks if self.now > before else ():
+            self.peaks[n] = max(self.peaks[n], self.on_each(n))
 
     def drop(self, key, size):
-        self.known.discard(key)
-        self.now -= size
+        self.now, self.sharded = self.now - size, self.sharded - self.known.pop(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.add(result)
         return result
+
+
+# ---- several GPUs --------------------------------------------------------------------------------------
+#
+# torchrun starts a process, called a rank, per GPU. FSDP2 shards weights, gradients and moments over them by
+# rows, as DTensors; `local` is this rank's part of one. Each rank computes its rows of every batch, and its
+# share of every loss: the shares add up, and so do their gradients. Rank 0 alone prints and writes.
+
+
+def launched():
+    """(rank, number of ranks) as torchrun says; (0, 1) without it."""
+    here = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if here else (0, 1)
+
+
+if launched()[0]:
+    sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@cache
+def connect(kind):
+    """Joins the processes that torchrun started; kind: "cuda" or "cpu", of their devices."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
+    atexit.register(disconnect)
+    sys.excepthook = ended
+
+
+def disconnect():
+    dist.barrier()  # a process that leaves earlier can abort another one
+    dist.destroy_process_group()
+
+
+def ended(kind, error, trace):
+    """One line in place of a traceback where the cause is that another process has ended."""
+    leave()
+    if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{Path(sys.argv[0]).name}: another process has ended, so this one does", file=sys.stderr)
+
+
+def leave():
+    """Before the message with which the program ends: rank 0 gives it, and torchrun ends the others when it
+    sees that; a fault of this rank alone is told five seconds later."""
+    atexit.unregister(disconnect)
+    if launched()[0]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+
+
+@cache
+def mesh(kind):
+    """All ranks' devices of a kind, "cuda" or "cpu"."""
+    return dist.init_device_mesh(kind, (ranks(),))
+
+
+def barrier():
+    if ranks() > 1:
+        dist.barrier()
+
+
+def agreed(*numbers):
+    """The largest that each of these numbers is on any rank."""
+    if ranks() == 1:
+        return numbers
+    dist.all_reduce(found := torch.tensor(numbers), dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def of_ranks(value):
+    """[what each rank calls this with, rank 0 first]."""
+    found = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def summed(x):
+    """The sum of a tensor over the ranks, without gradient; a DTensor is one over all ranks already."""
+    if hasattr(x, "full_tensor"):
+        return x.detach().full_tensor()
+    if ranks() > 1:
+        dist.all_reduce(x := x.detach().clone())
+    return x
+
+
+def sum_gradients(params):
+    """Sums up the gradients of parameters that every rank has whole; FSDP2 does it for the others."""
+    for p in params if ranks() > 1 else ():
+        if p.grad is not None and not hasattr(p, "to_local"):
+            dist.all_reduce(p.grad)
+
+
+def local(x):
+    """The rows of a tensor that this rank has, an alias: all if it is no DTensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x):
+    """A DTensor's rows of all ranks; another tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def own_rows(full, x):
+    """The rows of a tensor that this rank has of x."""
+    if not hasattr(x, "to_local"):
+        return full
+    n = -(-len(x) // ranks())  # as FSDP2 shards
+    return full[rank() * n : (rank() + 1) * n]
+
+
+def all_rows(x):
+    """(B, ...), the rows of the whole batch in its order, from those of this rank. Differentiable."""
+    if ranks() == 1:
+        return x
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    shares = DTensor.from_local(x, mesh(x.device.type), [Shard(0)])
+    full = shares.full_tensor(grad_placements=[Partial()])
+    return full.unflatten(0, (ranks(), -1)).transpose(0, 1).flatten(0, 1)  # see Stream
+
+
+def shard(source, dtype, device):
+    """A model like `source`, sharded over the ranks, with the weights that rank 0 has there.
+
+    A decoder layer is gathered when it is used, what is outside of the layers for each call of in_parts.
+    """
+    # takes a second, which one GPU does not need
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
+    model.with_weights = lambda f, *batch: f(*batch)
+    for module in (*decoder_layers(model), model):
+        fully_shard(module, mesh=mesh(device.type), mp_policy=policy, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # shares of a loss: their gradients are summed
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "with_weights")
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.generation_config = source.generation_config
+    there = dict(chain(source.named_parameters(), source.named_buffers()))
+    with torch.no_grad():
+        for name, x in chain(model.named_parameters(), model.named_buffers()):
+            full = whole(there[name])
+            full = torch.empty_like(full, device=device) if full.is_meta else full.to(device)
+            dist.broadcast(full, 0)
+            local(x).copy_(own_rows(full, x))
+    return model
+
+
+def twin(model):
+    """A copy of a model, sharded as it is."""
+    if ranks() == 1:
+        return deepcopy(model)
+    return shard(model, model.dtype, model.device).train(model.training)
+
+
+def gathered(model):
+    """The state dict of a sharded model, in host memory on rank 0; the others get an empty one."""
+    found, copies = {}, {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        if id(x) not in copies:  # tied weights are one tensor
+            full = whole(x.detach())
+            copies[id(x)] = None if rank() else full.cpu()
+        found[name] = copies[id(x)]
+    return {} if rank() else found
 
 
 # ---- data ----------------------------------------------------------------------------------------------
@@ -931,7 +1222,8 @@ def bos(tokenizer):
 
 
 class Stream:
-    """Batches of a set of texts: stream[i] is the batch of step i (from 0), a function of (seed, purpose, i).
+    """Batches of a set of texts: stream[i] is the batch of step i (from 0), a function of (seed, purpose, i);
+    on several GPUs every n-th row of it.
 
     Every epoch has a fresh order and drops its last, incomplete batch, so no text occurs twice in a batch.
     Texts are tokenised when first needed: on a GPU that is while the device computes.
@@ -962,6 +1254,7 @@ class Stream:
         rows = [self.encode(j) for j in self.order[place * self.batch : (place + 1) * self.batch]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+        ids, mask = (x[rank() :: ranks()].contiguous() for x in (ids, mask))  # padded alike on all ranks
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
             ids, mask = ids.pin_memory(), mask.pin_memory()
         return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
@@ -982,22 +1275,52 @@ def decoder_layers(model):
     fail(f"{type(model).__name__}: no list of {depth} decoder layers; use a Llama-like or GPT-NeoX model")
 
 
-@contextmanager
-def residual_streams(model):
-    """Inside, each forward pass appends the outputs (B, T, D) of the L decoder layers to the list (3.4).
+def in_parts(model, f, *batch):
+    """f(*batch) for an f that runs `model`; every forward pass of the repository is in one.
+
+    f      of tensors (B, ...) to a tensor (B, ...) or a tuple of such, row by row; of no tensors to anything
+    batch  goes to f in parts of model.micro_batch rows, if that is set (--micro-batch). Of each only the
+           result stays in memory: the rest is computed again in backward, part after part
+    A model that is sharded over several GPUs has its weights inside f, and only there, see shard.
+    """
+    run = getattr(model, "with_weights", lambda f, *batch: f(*batch))
+    size = getattr(model, "micro_batch", None) or sys.maxsize
+    if not batch or len(batch[0]) <= size:
+        return run(f, *batch)
+    parts = zip(*(x.split(size) for x in batch))
+    with set_checkpoint_early_stop(False):  # FSDP2's hooks come after a forward pass
+        found = [checkpoint(run, f, *x, use_reentrant=False, preserve_rng_state=False) for x in parts]
+    return torch.cat(found) if isinstance(found[0], torch.Tensor) else tuple(map(torch.cat, zip(*found)))
+
+
+def residual_streams(model, ids):
+    """The outputs (B, T, D) of the L decoder layers on ids (B, T), a tuple (3.4).
 
     That is the residual stream before the final norm; the last entry of `hidden_states` is after it.
     """
-    H = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if isinstance(out, tuple) else out))
-        for layer in decoder_layers(model)
-    ]
-    try:
-        yield H
-    finally:
-        for hook in hooks:  # a hook that stays would keep the streams of every later pass in memory
-            hook.remove()
+
+    def streams(ids):
+        H = []
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: H.append(out[0] if type(out) is tuple else out))
+            for layer in decoder_layers(model)
+        ]
+        try:
+            model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:  # a hook that stays would keep the streams of every later pass in memory
+                hook.remove()
+        return tuple(H)
+
+    return in_parts(model, streams, ids)
+
+
+def batch_mean(x, weight):
+    """Mean of x over the batch: (x * weight).sum() / weight.sum(), 0-d. weight: of x's shape, or a mask.
+
+    On several GPUs it is this one's share: the sum of the shares is the mean over the whole batch.
+    """
+    return (x * weight).sum() / summed(weight.sum())
 
 
 def scaled(model, x):
@@ -1021,20 +1344,25 @@ def token_losses(model, ids, mask, loss, at_once=1 << 25):
     loss       loss(logits (n, V) float32, targets (n,)) -> (n,)
     at_once    logits in memory at a time: computed slice by slice, and again in backward
     """
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     n = max(at_once // model.get_output_embeddings().weight.shape[0], 1)  # tokens per slice
 
     def of_slice(h, targets, keep):
         return loss(logits(model, h), targets).masked_fill(~keep, 0)
 
-    columns = [x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])]
-    parts = [checkpoint(of_slice, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*columns)]
-    return torch.cat(parts).view(ids.shape[0], -1)
+    def of_rows(ids, mask):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        columns = [x.flatten(0, 1).split(n) for x in (hidden[:, :-1], ids[:, 1:], mask[:, 1:])]
+        slices = [
+            checkpoint(of_slice, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(*columns)
+        ]
+        return torch.cat(slices)
+
+    return in_parts(model, of_rows, ids, mask).view(ids.shape[0], -1)
 
 
 def token_mean(model, ids, mask, loss, **more):
-    """Mean of a loss over the unmasked next tokens of a batch. See token_losses."""
-    return token_losses(model, ids, mask, loss, **more).sum() / mask[:, 1:].sum()
+    """Mean of a loss over the unmasked next tokens of a batch. See token_losses and batch_mean."""
+    return batch_mean(token_losses(model, ids, mask, loss, **more), mask[:, 1:])
 
 
 def next_token_loss(model, ids, mask, **more):
@@ -1119,15 +1447,19 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self, j, t, lr, *key):
-        p, moments = self.params[j], [moment[j] for moment in self.moments]
-        g, p.grad = p.grad, None
+        p, moments = local(self.params[j]), [local(moment[j]) for moment in self.moments]
+        g, self.params[j].grad = local(self.params[j].grad), None
+        key = (*key, j, rank()) if rank() else (*key, j)  # shares are rounded independently of each other
         for copy in self.wait_for:
             copy.wait(j)
         for moment in moments if t == 1 else ():
             moment.zero_()
-        for n in range(-(-p.numel() // (1 << 24))):  # slices bound the float32 temporaries
-            self.update(t, lr, (*key, j, n), *(flat_slice(x, n << 24, 1 << 24) for x in (p, g, *moments)))
-        torch.autograd.graph.increment_version(p)  # autograd does not see what happens to an alias
+        slices = -(-p.numel() // (1 << 24))  # they bound the float32 temporaries
+        for n in range(1 if p.is_meta else slices):  # in a dry run the others hold no more
+            self.update(t, lr, (*key, n), *(flat_slice(x, n << 24, 1 << 24) for x in (p, g, *moments)))
+        torch.autograd.graph.increment_version(
+            self.params[j]
+        )  # autograd does not see what happens to an alias
 
     def step(self, t, lr, *key):
         """Updates each parameter that has a gradient, and frees the gradient."""
@@ -1182,7 +1514,14 @@ class SGD(Optimizer):
 
 @contextmanager
 def when_complete(params, act):
-    """Inside, backward calls act(j) as soon as the gradient of params[j] is complete."""
+    """Inside, backward calls act(j) as soon as the gradient of params[j] is complete. On several GPUs that is
+    at the end: FSDP2 calls hooks after each of several forward passes, when it has added its gradient."""
+    if launched()[1] > 1:
+        yield
+        for j in reversed(range(len(params))):
+            if params[j].grad is not None:
+                act(j)
+        return
     hooks = [p.register_post_accumulate_grad_hook(lambda _, j=j: act(j)) for j, p in enumerate(params)]
     try:
         yield
@@ -1205,6 +1544,7 @@ class HostCopy:
     reserved = 0
 
     def __init__(self, *lists):
+        lists = [[local(x.detach()) for x in tensors] for tensors in lists]
         self.rows, self.arrived, tensors = [*zip(*lists, strict=True)], {}, sum(lists, [])
         HostCopy.reserved += sum(x.numel() * x.element_size() for x in tensors)
         self.stream = torch.cuda.Stream() if tensors and tensors[0].is_cuda else None
@@ -1254,6 +1594,7 @@ def check_finite(step, *losses):
     """Raises FloatingPointError if a loss (0-d tensor) is NaN or infinite. To be called before the update:
     it waits for the losses, not for a backward pass queued later."""
     total = sum(loss.detach() for loss in losses)
+    total = total if total.is_meta else summed(total)
     if not total.is_meta and not torch.isfinite(total):
         raise FloatingPointError(f"the loss is {total.item()} at step {step}")
 
@@ -1294,27 +1635,35 @@ def score_rows(model, rows, budget=None):
     P = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
     prefix = DynamicCache()
     if P:
-        model.base_model(torch.tensor([contexts[0][:P]], device=device), cache=prefix, use_cache=True)
+        ids = torch.tensor([contexts[0][:P]], device=device)
+        in_parts(model, lambda: model.base_model(ids, cache=prefix, use_cache=True))
     past = [(layer.keys, layer.values) for layer in prefix.layers]
     rows = sorted(rows, key=lambda row: len(row.ids))
     while rows:
-        B = max(b for b in range(1, len(rows) + 1) if b == 1 or b * len(rows[b - 1].ids) <= budget)
+        B = max(b for b in range(1, len(rows) + 1) if b == 1 or b * len(rows[b - 1].ids) <= budget * ranks())
         batch, rows = rows[:B], rows[B:]
-        ids = [torch.tensor(row.ids[P:]) for row in batch]
+        mine = batch[rank() :: ranks()] or batch[:1]  # every rank takes part in every forward pass
+        ids = [torch.tensor(row.ids[P:]) for row in mine]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        B, T, mask = *ids.shape, None
         copy = DynamicCache([(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in past])
-        T, mask = ids.shape[1], None
         if not windows:
             mask = torch.full((1, 1, T, P + T), -torch.inf, dtype=model.dtype, device=device).triu(P + 1)
+        places = [(b, row.start - P + n) for b, row in enumerate(mine) for n in range(len(row.targets))]
+        b, t = torch.tensor(places, device=device).T
+        targets = torch.tensor([line for row in mine for line in row.targets], device=device)
+
+        def scores():
+            passed = model.base_model(ids, cache=copy, attention_mask=mask, use_cache=True)
+            return log_probs(model, passed.last_hidden_state[b, t], targets)
+
         # shapes change with every batch, and cuDNN attention would plan each anew
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            hidden = model.base_model(ids, cache=copy, attention_mask=mask, use_cache=True).last_hidden_state
-        places = [(b, row.start - P + n) for b, row in enumerate(batch) for n in range(len(row.targets))]
-        b, t = torch.tensor(places, device=device).T
-        targets = torch.tensor([line for row in batch for line in row.targets], device=device)
-        found = log_probs(model, hidden[b, t], targets).cpu()
-        if not torch.isfinite(found).all():  # argmax would make an answer of it
-            fail("the model's log-probabilities are NaN or infinite: its weights are damaged; use others")
-        found = found.split([len(row.targets) for row in batch])
-        for row, scores in zip(batch, found):
-            yield row.key, scores.sum(0).tolist()
+            found = in_parts(model, scores).cpu().split([len(row.targets) for row in mine])
+        found = of_ranks([x.sum(0).tolist() for x in found])
+        for n, row in enumerate(batch):
+            if not all(
+                map(math.isfinite, summary := found[n % ranks()][n // ranks()])
+            ):  # argmax would answer
+                fail("the model's log-probabilities are NaN or infinite: its weights are damaged; use others")
+            yield row.key, summary

@@ -428,7 +428,7 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_mmlu(model, tokenizer, mmlu, form="letter", budget=None, plans=None, preface=""):
     """Scores a model on MMLU. The result does not depend on batch, order or cache.
 

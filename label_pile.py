@@ -130,7 +130,9 @@ from itertools import chain, islice, pairwise
 import torch
 from transformers import AutoTokenizer
 
-from common import Row, bos, cause, fail, load_model, locked, read_rows, reading, score_rows, write_json
+from common import (
+    Row, bos, cause, fail, launched, load_model, locked, read_rows, reading, score_rows, write_json,
+)  # fmt: skip
 
 
 def plain(tokenizer, text, **more):
@@ -221,7 +223,7 @@ def answer_ids(tokenizer, tail):
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge(model, tokenizer, texts, head, tail, budget=None):
     """p(yes) / (p(yes) + p(no)) of each text (A.1), one forward pass per text; the head is computed once.
 
@@ -403,10 +405,12 @@ def check_length(model, tokenizer, head, tail, tokens):
 
 def main(args):
     kept = ("pile", "judge", "tokenizer", "concept", "question", "chat", "tokens", "rows", "dtype")
+    (i, n), (rank, ranks) = args.shard, launched()
+    args.shard = i + n * rank, n * ranks  # under torchrun each process labels a part of the shard
     parts = Parts(args.out, args.shard, {k: getattr(args, k) for k in kept} | {"shards": args.shard[1]})
     rows = read_rows(args.pile, "--pile", ("text",), streaming=True)
     cutter = load_cutter(args.tokenizer) if args.tokenizer else None
-    model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge")
+    model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge", alone=True)
     cutter = cutter or tokenizer
     head, tail = frame(tokenizer, args.question, args.concept, args.chat)
     answer_ids(tokenizer, tail)

@@ -84,6 +84,7 @@ def parse_args(argv=None):
     add("--heal", type=float, default=0.0, help="weight of the retain loss after the attack, L(ω_K; x_r)")
     add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of data order, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -105,6 +106,8 @@ def parse_args(argv=None):
         parser.error("--alpha starts at 0; 0 < --lr < 1")
     if min(args.heal, args.hold) < 0 or (args.heal and not args.alpha):
         parser.error("--heal and --hold start at 0; --heal needs --alpha above 0")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -121,7 +124,7 @@ import torch
 
 from common import (
     SGD, AdamW, HostCopy, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
-    say, token_mean,
+    say, summed, token_mean,
 )  # fmt: skip
 
 
@@ -157,11 +160,6 @@ def held_streams(model, weight):
     first, theta = HostCopy(params), HostCopy(params)
     first.save()
 
-    def streams(ids):
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        return H
-
     def load(copy):
         copy.load()
         for j in range(len(params)):
@@ -172,10 +170,11 @@ def held_streams(model, weight):
         theta.save()
         load(first)
         with torch.no_grad():
-            H_0 = streams(ids)
+            H_0 = residual_streams(model, ids)
         load(theta)
-        far = [((h.float() - h_0.float()).square().sum(-1) * mask).sum() for h, h_0 in zip(streams(ids), H_0)]
-        return weight * torch.stack(far).mean() / mask.sum()
+        pairs = zip(residual_streams(model, ids), H_0)
+        far = [((h.float() - h_0.float()).square().sum(-1) * mask).sum() for h, h_0 in pairs]
+        return weight * torch.stack(far).mean() / summed(mask.sum())
 
     return extra
 

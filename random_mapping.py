@@ -59,6 +59,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
     add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -76,6 +77,8 @@ def parse_args(argv=None):
         parser.error("--seed and --save-every start at 0")
     if min(args.steps, args.batch, args.log_every) < 1 or args.tokens < 2 or not 0 < args.lr < 1:
         parser.error("--steps, --batch, --log-every start at 1, --tokens at 2; 0 < --lr < 1")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -92,7 +95,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    AdamW, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams, say,
+    AdamW, Run, all_steps, batch_mean, check_finite, generator, next_token_loss, no_log, residual_streams,
+    say,
 )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def mapping_loss(H, targets, mask):
     losses = []
     for h in H:
         distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
-        losses.append((distance * mask).sum() / mask.sum())
+        losses.append(batch_mean(distance, mask))
     return torch.stack(losses).mean()
 
 
@@ -131,11 +135,8 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
     model.train()
     for i in steps_left(steps, *opt.moments):
         ids, mask = forget[i - 1]
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        loss_f = mapping_loss(H, r[ids], mask)
+        loss_f = mapping_loss(residual_streams(model, ids), r[ids], mask)
         loss_f.backward()
-        del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
         check_finite(i, loss_f, loss_r)

@@ -128,6 +128,7 @@ def parse_args(argv=None):
     add("--probe", default=None, choices=PROBES, help="no training: rounded or pruned weights, other prompts")
     add("--steps", action=Multiple, default=1000, help="optimizer steps (Figure 3)")
     add("--batch", action=Multiple, default=64, help="texts per batch; a step uses one (paper: not stated)")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
@@ -181,6 +182,8 @@ def parse_args(argv=None):
         parser.error("--only, --shard and --keep-weights go with --sweep")
     if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf):
         parser.error("--seed goes from 0 to 2**63 - 1, --save-every starts at 0")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if args.about and not args.questions:
         parser.error("--about goes with --questions")
     if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:
@@ -204,8 +207,8 @@ import torch.nn.functional as F
 
 from common import (
     PLAIN, SGD, AdamW, HostCopy, Run, all_steps, as_bool, check_finite, check_model, decoder_layers, differs,
-    fail, generator, load_model, next_token_loss, no_log, read_log, read_table, reading, say,
-    texts_of, write_json,
+    fail, generator, launched, load_model, local, next_token_loss, no_log, own_rows, read_log, read_table,
+    reading, say, sum_gradients, texts_of, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
@@ -248,8 +251,8 @@ def adapters(model, rank, seed):
     finally:
         with torch.no_grad():
             for parent, name, lora in added:
-                W = lora.linear.weight
-                W.copy_((W.float() + 2 * lora.B @ lora.A).to(W.dtype))
+                W, B = local(lora.linear.weight), own_rows(lora.B, lora.linear.weight)
+                W.copy_((W.float() + 2 * B @ lora.A).to(W.dtype))
                 setattr(parent, name, lora.linear)
         for p in frozen:
             p.requires_grad_(True)
@@ -288,6 +291,7 @@ def finetune(
             check_finite(i, loss)
             (weight * loss).backward()
             losses.append(weight * loss.detach())
+        sum_gradients(params)
         if clip:
             torch.nn.utils.clip_grad_norm_(params, clip)
         opt.step(i, rate(i, steps, lr, schedule), seed, "finetune", i)  # θ' ← AdamW(θ', ∇L(θ'; texts))
@@ -297,7 +301,7 @@ def finetune(
 @torch.no_grad()
 def round_weights(model, bits):
     """Every matrix of the decoder layers, rounded to `bits` bits a weight with one scale per row."""
-    for W in [m.weight for m in decoder_layers(model).modules() if isinstance(m, torch.nn.Linear)]:
+    for W in [local(m.weight) for m in decoder_layers(model).modules() if isinstance(m, torch.nn.Linear)]:
         scale = W.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
         W.copy_(((W.float() / scale).round() * scale).to(W.dtype))
 
@@ -306,8 +310,8 @@ def round_weights(model, bits):
 def prune(model, share):
     """Sets that share of every matrix of the decoder layers to 0, the smallest weights."""
     for W in [m.weight for m in decoder_layers(model).modules() if isinstance(m, torch.nn.Linear)]:
-        least = W.float().abs().flatten().kthvalue(max(int(share * W.numel()), 1)).values
-        W.masked_fill_(W.float().abs() <= least, 0)
+        least = whole(W).float().abs().flatten().kthvalue(max(int(share * W.numel()), 1)).values
+        local(W).masked_fill_(local(W).float().abs() <= least, 0)
 
 
 def pair(question, answer):
@@ -456,15 +460,21 @@ def scored_before(out):
     return found
 
 
+def batch_sizes(args):
+    """Texts in a batch to train on and of the retain set."""
+    n_retain = round(args.batch * args.retain_mix)
+    return args.batch - n_retain, n_retain
+
+
 def attack(args, run, victim):
     """One attacker on the victim, whose weights it leaves changed; writes args.out, returns Table 1's row."""
-    n_retain, form, states, stopped = round(args.batch * args.retain_mix), args.format, {}, None
-    pairs = retain = None
+    n_pairs, n_retain = batch_sizes(args)
+    form, states, stopped, pairs, retain = args.format, {}, None, None, None
     if args.probe == "other_format":
         form = {"letter": "cloze", "cloze": "letter"}[form]
     elif not args.probe:
-        if n_retain < args.batch:
-            pairs = run.stream(victim.texts(args.column), args.batch - n_retain, "recovery")
+        if n_pairs:
+            pairs = run.stream(victim.texts(args.column), n_pairs, "recovery")
         if n_retain:
             (retain,) = run.streams(retain=n_retain)
 
@@ -533,13 +543,16 @@ def sweep(args, argv):
         eta = f" | eta {(time.time() - start) / spent * left / 60:.0f} min" if n else ""
         print(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'}){eta}", flush=True)
         a = attackers[name]
+        if any(size % launched()[1] for size in batch_sizes(a)):
+            print(f"left out: {' + '.join(map(str, batch_sizes(a)))} texts do not divide over the processes")
+            continue
         run = Run(a)
         if not victim:
             victim = Victim(a, run)
             if any(attackers[x].retain_mix < 1 and attackers[x].probe in (None, "many_shot") for x in todo):
                 victim.texts(args.column)  # what cannot be read is told now, not hours later
             if any(attackers[x].retain_mix for x in todo):
-                run.streams(retain=1)
+                run.streams(retain=run.ranks)
         run.take(victim.run)
         if name == "answers" and "message_2" not in victim.rows[0]:
             print(f"left out: --recovery {args.recovery} has no pairs")

@@ -69,6 +69,7 @@ def parse_args(argv=None):
     add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--mapping", type=float, default=0.0, help="weight of Random Mapping's loss in the second phase")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
+    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of data order, targets, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -90,6 +91,8 @@ def parse_args(argv=None):
         parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
     if min(args.heal, args.hold, args.mapping) < 0 or (args.heal and not args.alpha):
         parser.error("--heal, --hold and --mapping start at 0; --heal needs --alpha above 0")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -107,8 +110,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    SGD, AdamW, HostCopy, Run, all_steps, check_finite, generator, next_token_loss, no_log, residual_streams,
-    say, token_mean,
+    SGD, AdamW, HostCopy, Run, all_steps, batch_mean, check_finite, generator, next_token_loss, no_log,
+    residual_streams, say, summed, token_mean,
 )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def mapping_loss(H, targets, mask):
     losses = []
     for h in H:
         distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
-        losses.append((distance * mask).sum() / mask.sum())
+        losses.append(batch_mean(distance, mask))
     return torch.stack(losses).mean()
 
 
@@ -147,11 +150,8 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
     model.train()
     for i in steps_left(steps, *opt.moments):
         ids, mask = forget[i - 1]
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        loss_f = mapping_loss(H, r[ids], mask)
+        loss_f = mapping_loss(residual_streams(model, ids), r[ids], mask)
         loss_f.backward()
-        del H
 
         loss_r = next_token_loss(model, *retain[i - 1])
         check_finite(i, loss_f, loss_r)
@@ -192,11 +192,6 @@ def held_streams(model, weight):
     first, theta = HostCopy(params), HostCopy(params)
     first.save()
 
-    def streams(ids):
-        with residual_streams(model) as H:
-            model.base_model(input_ids=ids, use_cache=False)
-        return H
-
     def load(copy):
         copy.load()
         for j in range(len(params)):
@@ -207,10 +202,11 @@ def held_streams(model, weight):
         theta.save()
         load(first)
         with torch.no_grad():
-            H_0 = streams(ids)
+            H_0 = residual_streams(model, ids)
         load(theta)
-        far = [((h.float() - h_0.float()).square().sum(-1) * mask).sum() for h, h_0 in zip(streams(ids), H_0)]
-        return weight * torch.stack(far).mean() / mask.sum()
+        pairs = zip(residual_streams(model, ids), H_0)
+        far = [((h.float() - h_0.float()).square().sum(-1) * mask).sum() for h, h_0 in pairs]
+        return weight * torch.stack(far).mean() / summed(mask.sum())
 
     return extra
 
@@ -293,9 +289,7 @@ def main(args):
             loss = hold(i, x_r) if hold else 0
             if args.mapping:
                 ids, mask = forget[i - 1]
-                with residual_streams(model) as H:
-                    model.base_model(input_ids=ids, use_cache=False)
-                loss = loss + args.mapping * mapping_loss(H, r[ids], mask)
+                loss = loss + args.mapping * mapping_loss(residual_streams(model, ids), r[ids], mask)
             return loss
 
         mlac_ar(

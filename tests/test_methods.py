@@ -21,15 +21,15 @@ TEXTS = [f"text number {i} says {i * i % 17} and {'more ' * (i % 5)}" for i in r
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_are_the_decoder_layers_outputs_before_the_final_norm(kind):
     model, ids = toy_model(kind), torch.randint(1, 60, (2, 7))
-    with torch.no_grad(), residual_streams(model) as H:
+    with torch.no_grad():
         last = model.base_model(ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        before = [len(layer._forward_hooks) for layer in decoder_layers(model)]
+        H = residual_streams(model, ids)
     assert len(H) == len(decoder_layers(model)) == 2 and H[0].shape == (2, 7, 16)
     norm = next(m for n, m in model.base_model.named_children() if "norm" in n)
     torch.testing.assert_close(norm(H[-1]), last)
     assert not torch.allclose(H[-1], last)  # control: hidden_states[-1] is not the stream
-    with torch.no_grad():
-        model(ids)
-    assert len(H) == 2  # the hooks are gone
+    assert [len(layer._forward_hooks) for layer in decoder_layers(model)] == before
 
 
 def test_checkpointing_does_not_change_the_streams_gradient():
@@ -38,9 +38,7 @@ def test_checkpointing_does_not_change_the_streams_gradient():
         model = toy_model().train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        with residual_streams(model) as H:
-            model.base_model(ids, use_cache=False)
-        mapping_loss(H, random_targets(model, 0)[ids], mask).backward()
+        mapping_loss(residual_streams(model, ids), random_targets(model, 0)[ids], mask).backward()
         grads.append([p.grad for p in model.parameters()])
     assert sum(g is not None for g in grads[0]) > 10
     assert all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(*grads))
@@ -193,10 +191,7 @@ def literal_varied_step(model, forget, retain, i, outer, *, K, lr, alpha, vary, 
         phi = [f + g for f, g in zip(phi, torch.autograd.grad(held, list(omega.parameters())))]
     retained = next_token_loss(model, *x_r)
     if hold:
-        with residual_streams(model) as H:
-            model(x_r[0])
-        with residual_streams(hold[1]) as H_0:
-            hold[1](x_r[0])
+        H, H_0 = residual_streams(model, x_r[0]), residual_streams(hold[1], x_r[0])
         far = [(h - h_0.detach())[x_r[1]].square().sum(-1).mean() for h, h_0 in zip(H, H_0)]
         retained = retained + hold[0] * torch.stack(far).mean()
     gradient = torch.autograd.grad(retained, list(model.parameters()))
