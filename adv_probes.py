@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the probes' RMSprop (Arjovsky et al.)")
     add("--probe-width", type=int, default=1024, help="first hidden width; the second is a quarter")
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
-    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
+    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data, the probes, the match texts and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -104,8 +104,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
         parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every) < 0:
-        parser.error("--seed and --save-every start at 0")
+    if min(args.seed, args.save_every, args.micro_batch) < 0:
+        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.steps, args.batch, args.log_every, args.probe_steps) < 1 or args.tokens < 2:
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")
     if not 4 <= args.probe_width <= 1 << 16 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
@@ -113,8 +113,6 @@ def parse_args(argv=None):
     given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:

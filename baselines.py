@@ -112,7 +112,7 @@ def parse_args(argv=None):
     add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
     add("--rare", type=float, default=1e-4, help="overwriting: share of F's tokens below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
-    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
+    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -127,16 +127,14 @@ def parse_args(argv=None):
     args.out = f"out/{args.method}" if args.out is None else args.out
     if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
         parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every) < 0:
-        parser.error("--seed and --save-every start at 0")
+    if min(args.seed, args.save_every, args.micro_batch) < 0:
+        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
     if args.layer < 2 or not (0 < args.steer < math.inf and 0 <= args.weight < math.inf):
         parser.error("--layer starts at 2, --weight at 0; 0 < --steer")
     if not 1 <= args.rounds <= args.steps or not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
         parser.error("--rounds goes from 1 to --steps, --noise from 0 to 1; 0 < --rare <= 1")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -154,8 +152,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    AdamW, Run, all_steps, batch_mean, check_finite, decoder_layers, fail, generator, in_parts, local, logits,
-    next_token_loss, no_log, own_rows, residual_streams, say, summed, token_losses, token_mean, twin, whole,
+    AdamW, Run, all_steps, batch_mean, check_finite, decoder_layers, fail, generator, in_parts,
+    layer_outputs, local, logits, next_token_loss, no_log, own_rows, residual_streams, say, summed,
+    token_losses, token_mean, twin, whole,
 )  # fmt: skip
 
 
@@ -249,19 +248,18 @@ def random_targets(model, seed):
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
 
-def mapping_loss(H, targets, mask):
+def mapping_loss(model, r, ids, mask):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    H        L streams (B, T, D)
-    targets  (B, T, D), r of each position's token
-    mask     (B, T), true on tokens; the first position (BOS) is left out
+    r          (V, D), the target of each token
+    ids, mask  (B, T), a batch; the first position (BOS) is left out
     """
-    mask = mask[:, 1:]
-    losses = []
-    for h in H:
-        distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
-        losses.append(batch_mean(distance, mask))
-    return torch.stack(losses).mean()
+
+    def distances(ids):  # of the L layers, (B, T - 1) each
+        H, targets = layer_outputs(model, ids), r[ids][:, 1:].float()
+        return tuple(1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H)
+
+    return torch.stack([batch_mean(d, mask[:, 1:]) for d in in_parts(model, distances, ids)]).mean()
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
@@ -277,8 +275,7 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
     r = random_targets(model, seed)  # (V, D)
     model.train()
     for i in steps_left(steps, *opt.moments):
-        ids, mask = forget[i - 1]
-        loss_f = mapping_loss(residual_streams(model, ids), r[ids], mask)
+        loss_f = mapping_loss(model, r, *forget[i - 1])
         loss_f.backward()
 
         loss_r = next_token_loss(model, *retain[i - 1])
@@ -367,9 +364,8 @@ def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=no_log, steps_l
     with torch.no_grad():
         weights = [p for layer in decoder_layers(model) for p in layer.parameters()]
         for j, W in enumerate(p for p in weights if p.ndim == 2):
-            drawn = torch.empty_like(full := whole(W)).normal_(
-                generator=generator(W.device, seed, "noise", j)
-            )
+            full = whole(W)
+            drawn = torch.empty_like(full).normal_(generator=generator(W.device, seed, "noise", j))
             local(W).lerp_(own_rows(full.std() * drawn, W), noise)
     opt = AdamW(p for p in model.parameters() if p.requires_grad)
     model.train()

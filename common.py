@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import transformers
@@ -1279,40 +1279,52 @@ def in_parts(model, f, *batch):
     """f(*batch) for an f that runs `model`; every forward pass of the repository is in one.
 
     f      of tensors (B, ...) to a tensor (B, ...) or a tuple of such, row by row; of no tensors to anything
-    batch  goes to f in parts of model.micro_batch rows, if that is set (--micro-batch). Of each only the
-           result stays in memory: the rest is computed again in backward, part after part
+    batch  goes to f in parts of model.micro_batch rows, if that is not 0 (--micro-batch). Of each only the
+           result stays in memory: backward computes the rest again, part after part
     A model that is sharded over several GPUs has its weights inside f, and only there, see shard.
     """
     run = getattr(model, "with_weights", lambda f, *batch: f(*batch))
-    size = getattr(model, "micro_batch", None) or sys.maxsize
+    size = getattr(model, "micro_batch", 0) or sys.maxsize
     if not batch or len(batch[0]) <= size:
         return run(f, *batch)
-    parts = zip(*(x.split(size) for x in batch))
-    with set_checkpoint_early_stop(False):  # FSDP2's hooks come after a forward pass
-        found = [checkpoint(run, f, *x, use_reentrant=False, preserve_rng_state=False) for x in parts]
+
+    def of_part(_, *part):
+        in_parts.left -= torch.is_grad_enabled()  # the second time, in backward
+        return run(f, *part)
+
+    parts = [*zip(*(x.split(size) for x in batch))]
+    in_parts.left += len(parts) * torch.is_grad_enabled()
+    root = torch.ones(
+        (), requires_grad=True
+    )  # without it reentrant checkpoints, which add to .grad, do nothing
+    found = [checkpoint(of_part, root, *x, use_reentrant=True, preserve_rng_state=False) for x in parts]
     return torch.cat(found) if isinstance(found[0], torch.Tensor) else tuple(map(torch.cat, zip(*found)))
 
 
-def residual_streams(model, ids):
-    """The outputs (B, T, D) of the L decoder layers on ids (B, T), a tuple (3.4).
+in_parts.left = 0  # parts whose gradient is still to be computed
 
-    That is the residual stream before the final norm; the last entry of `hidden_states` is after it.
+
+def layer_outputs(model, ids):
+    """The outputs (B, T, D) of the L decoder layers on ids (B, T), a tuple; to be called in an f of in_parts.
+
+    That is the residual stream before the final norm (3.4); the last of `hidden_states` is after it.
     """
+    H = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if type(out) is tuple else out))
+        for layer in decoder_layers(model)
+    ]
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:  # a hook that stays would keep the streams of every later pass in memory
+            hook.remove()
+    return tuple(H)
 
-    def streams(ids):
-        H = []
-        hooks = [
-            layer.register_forward_hook(lambda _, __, out: H.append(out[0] if type(out) is tuple else out))
-            for layer in decoder_layers(model)
-        ]
-        try:
-            model.base_model(input_ids=ids, use_cache=False)
-        finally:
-            for hook in hooks:  # a hook that stays would keep the streams of every later pass in memory
-                hook.remove()
-        return tuple(H)
 
-    return in_parts(model, streams, ids)
+def residual_streams(model, ids):
+    """See layer_outputs."""
+    return in_parts(model, partial(layer_outputs, model), ids)
 
 
 def batch_mean(x, weight):
@@ -1514,18 +1526,27 @@ class SGD(Optimizer):
 
 @contextmanager
 def when_complete(params, act):
-    """Inside, backward calls act(j) as soon as the gradient of params[j] is complete. On several GPUs that is
-    at the end: FSDP2 calls hooks after each of several forward passes, when it has added its gradient."""
-    if launched()[1] > 1:
-        yield
-        for j in reversed(range(len(params))):
-            if params[j].grad is not None:
-                act(j)
-        return
-    hooks = [p.register_post_accumulate_grad_hook(lambda _, j=j: act(j)) for j, p in enumerate(params)]
+    """Inside, backward calls act(j) as soon as the gradient of params[j] is complete, or else at the end.
+
+    On several GPUs it is always at the end: FSDP2 adds a gradient, and calls hooks, once per forward pass.
+    """
+    done, alone = set(), launched()[1] == 1
+
+    def act_once(j):
+        if j not in done and params[j].grad is not None:
+            done.add(j)
+            act(j)
+
+    def hook(_, j):
+        act_once(j) if alone and not in_parts.left else None
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(hook, j=j)) for j, p in enumerate(params)]
     try:
         yield
+        for j in reversed(range(len(params))):
+            act_once(j)
     finally:
+        in_parts.left = 0
         for hook in hooks:
             hook.remove()
 

@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--heal", type=float, default=0.0, help="weight of the retain loss after the attack, L(ω_K; x_r)")
     add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
-    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
+    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of data order, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -98,16 +98,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
         parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every) < 0:
-        parser.error("--seed and --save-every start at 0")
+    if min(args.seed, args.save_every, args.micro_batch) < 0:
+        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if args.alpha < 0 or not 0 < args.lr < 1:
         parser.error("--alpha starts at 0; 0 < --lr < 1")
     if min(args.heal, args.hold) < 0 or (args.heal and not args.alpha):
         parser.error("--heal and --hold start at 0; --heal needs --alpha above 0")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:

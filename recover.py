@@ -128,7 +128,7 @@ def parse_args(argv=None):
     add("--probe", default=None, choices=PROBES, help="no training: rounded or pruned weights, other prompts")
     add("--steps", action=Multiple, default=1000, help="optimizer steps (Figure 3)")
     add("--batch", action=Multiple, default=64, help="texts per batch; a step uses one (paper: not stated)")
-    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
+    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
@@ -180,10 +180,8 @@ def parse_args(argv=None):
         parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5")
     if (args.only or args.keep_weights or args.shard != "1/1") and not args.sweep:
         parser.error("--only, --shard and --keep-weights go with --sweep")
-    if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf):
-        parser.error("--seed goes from 0 to 2**63 - 1, --save-every starts at 0")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error("--micro-batch starts at 1")
+    if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf and args.micro_batch >= 0):
+        parser.error("--seed goes from 0 to 2**63 - 1, --save-every and --micro-batch start at 0")
     if args.about and not args.questions:
         parser.error("--about goes with --questions")
     if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:

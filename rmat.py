@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--hold", type=float, default=0.0, help="weight of TAR's retain loss: streams on R stay as they were")
     add("--mapping", type=float, default=0.0, help="weight of Random Mapping's loss in the second phase")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
-    add("--micro-batch", type=int, default=None, help="texts in memory at a time; 25 %% slower. None: all")
+    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of data order, targets, drawn adversaries and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
@@ -83,16 +83,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
         parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every) < 0:
-        parser.error("--seed and --save-every start at 0")
+    if min(args.seed, args.save_every, args.micro_batch) < 0:
+        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if min(args.alpha, args.rm_steps) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
         parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
     if min(args.heal, args.hold, args.mapping) < 0 or (args.heal and not args.alpha):
         parser.error("--heal, --hold and --mapping start at 0; --heal needs --alpha above 0")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        parser.error("--micro-batch starts at 1")
     if bool(args.forget) != bool(args.retain):
         parser.error("--forget goes with --retain")
     if args.dry_run:
@@ -110,8 +108,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    SGD, AdamW, HostCopy, Run, all_steps, batch_mean, check_finite, generator, next_token_loss, no_log,
-    residual_streams, say, summed, token_mean,
+    SGD, AdamW, HostCopy, Run, all_steps, batch_mean, check_finite, generator, in_parts, layer_outputs,
+    next_token_loss, no_log, residual_streams, say, summed, token_mean,
 )  # fmt: skip
 
 
@@ -121,19 +119,18 @@ def random_targets(model, seed):
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
 
-def mapping_loss(H, targets, mask):
+def mapping_loss(model, r, ids, mask):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    H        L streams (B, T, D)
-    targets  (B, T, D), r of each position's token
-    mask     (B, T), true on tokens; the first position (BOS) is left out
+    r          (V, D), the target of each token
+    ids, mask  (B, T), a batch; the first position (BOS) is left out
     """
-    mask = mask[:, 1:]
-    losses = []
-    for h in H:
-        distance = 1 - F.cosine_similarity(h[:, 1:].float(), targets[:, 1:].float(), dim=-1)  # (B, T - 1)
-        losses.append(batch_mean(distance, mask))
-    return torch.stack(losses).mean()
+
+    def distances(ids):  # of the L layers, (B, T - 1) each
+        H, targets = layer_outputs(model, ids), r[ids][:, 1:].float()
+        return tuple(1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H)
+
+    return torch.stack([batch_mean(d, mask[:, 1:]) for d in in_parts(model, distances, ids)]).mean()
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
@@ -149,8 +146,7 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
     r = random_targets(model, seed)  # (V, D)
     model.train()
     for i in steps_left(steps, *opt.moments):
-        ids, mask = forget[i - 1]
-        loss_f = mapping_loss(residual_streams(model, ids), r[ids], mask)
+        loss_f = mapping_loss(model, r, *forget[i - 1])
         loss_f.backward()
 
         loss_r = next_token_loss(model, *retain[i - 1])
@@ -288,8 +284,7 @@ def main(args):
         def extra(i, x_r):
             loss = hold(i, x_r) if hold else 0
             if args.mapping:
-                ids, mask = forget[i - 1]
-                loss = loss + args.mapping * mapping_loss(residual_streams(model, ids), r[ids], mask)
+                loss = loss + args.mapping * mapping_loss(model, r, *forget[i - 1])
             return loss
 
         mlac_ar(

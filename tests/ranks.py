@@ -1,15 +1,20 @@
 """Every method on toy models, the same in one process as in several:
 
 torchrun --nproc-per-node 2 tests/ranks.py FOLDER   # FOLDER/*/: models; writes FOLDER/weights.pt
+
+The last of them also trains while its memory is counted.
 """
 
 import sys
+import weakref
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import torch
 from conftest import Batches
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import adv_probes as P
 import baselines as B
@@ -106,14 +111,14 @@ def load(folder):
     model, _ = common.load_model(str(folder), dtype="float32", device="cpu")
     if "checkpointing" in folder.name:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.micro_batch = 1 if "micro" in folder.name else None
+    model.micro_batch = int("micro" in folder.name)
     return model
 
 
 def weights(folder):
     """{(case, model): (state dict, log)} of each method, on rank 0."""
     found = {}
-    for path in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
+    for path in sorted(path for path in Path(folder).iterdir() if (path / "config.json").exists()):
         model = load(path)
         first = [common.local(p).detach().clone() for p in model.parameters()]
         few = common.ranks() > 1 and model.micro_batch  # of several processes a part: a minute less
@@ -129,7 +134,42 @@ def weights(folder):
     return found
 
 
+class Resized(TorchDispatchMode):
+    """Inside, finds the most bytes that were live at a time, where storages are resized as FSDP2 does."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+        self.add(tensors)
+
+    def add(self, tensors):
+        for x in tree_leaves(tensors):
+            if isinstance(x, torch.Tensor):
+                storage = common.local(x).untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        live = [storage for ref in self.storages.values() if (storage := ref()) is not None]
+        self.storages = {storage._cdata: weakref.ref(storage) for storage in live}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in live))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add([args, result])
+        return result
+
+
+def peak(path):
+    """Bytes on the device of an outer step of MLAC-AR, 2 texts of 32 tokens, on this rank."""
+    model, _ = common.load_model(str(path), dtype="float32", device="cpu")
+    common.HostCopy.reserved = 0
+    with Resized([common.local(p) for p in model.parameters()]) as live:
+        batches = (Rows(B, T=32, vocab=250, full=True) for B in (6, 2))
+        M.mlac_ar(model, *batches, K=2, N=1, lr=1e-4, alpha=1.0)
+    return live.peak - common.HostCopy.reserved
+
+
 if __name__ == "__main__":
-    found = weights(sys.argv[1])
+    folder = Path(sys.argv[1])
+    found = weights(folder)
+    found["peak"] = peak(folder / "wide" / "model")
     if not common.rank():
-        torch.save(found, Path(sys.argv[1]) / "weights.pt")
+        torch.save(found, folder / "weights.pt")

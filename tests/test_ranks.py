@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import ROOT, WORLD, bpe, toy_model
 from safetensors.torch import load_file
 
 import common
+import mlac_ar
 
 SHORT = "--tiny --device cpu --batch 8 --tokens 64 --log-every 1".split()
 
@@ -55,10 +57,13 @@ def both(tmp_path_factory):
     for name, more in kinds.items():
         toy_model("llama", **sizes, **more).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    wide = dict(vocab=257, hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
+    toy_model("llama", **wide).save_pretrained(folder / "wide" / "model")
+    tokenizer.save_pretrained(folder / "wide" / "model")
     run = torchrun(ROOT / "tests" / "ranks.py", folder)
     assert run.returncode == 0, run.stderr[-3000:]
-    first = {path.name: load_file(path / "model.safetensors") for path in folder.iterdir() if path.is_dir()}
-    return ranks.weights(folder), torch.load(folder / "weights.pt"), first
+    first = {name: load_file(folder / name / "model.safetensors") for name in kinds}
+    return ranks.weights(folder), torch.load(folder / "weights.pt"), first, folder / "wide" / "model"
 
 
 def compare(a, b, first):
@@ -89,13 +94,13 @@ def test_micro_batches_end_in_the_weights_of_the_whole_batch(both, case):
 
 def test_micro_batches_hold_the_activations_of_their_rows():
     peaks = {}
-    for size in (None, 1):
+    for size in (0, 1):
         model = toy_model(num_hidden_layers=6, intermediate_size=256).train()
         model.micro_batch, (ids, mask) = size, ranks.Rows(16, 64, full=True)[0]
         with common.LiveBytes([*model.parameters()]) as live:
             common.next_token_loss(model, ids, mask).backward()
         peaks[size] = live.peak - 2 * sum(4 * p.numel() for p in model.parameters())
-    assert peaks[1] < peaks[None] / 6
+    assert peaks[1] < peaks[0] / 6
 
 
 # ---- scripts
@@ -212,3 +217,26 @@ def test_processes_label_parts_of_a_shard(tmp_path):
     found, there = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert [x["id"] for x in found] == [x["id"] for x in there] and len(found) > 10
     assert [x["label"] for x in found] == [x["label"] for x in there]
+
+
+def test_a_dry_run_tells_at_most_what_a_rank_holds(both, monkeypatch, capsys):
+    """Two processes on the CPU, counted while they train, against the prediction from the config alone."""
+    flags = "--dry-run --device cpu --N 1 --K 2 --batch 2 --tokens 32 --forget x --retain x --model".split()
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        mlac_ar.main(mlac_ar.parse_args([*flags, str(both[3])]))
+    told = re.search(r"cpu +peak +([\d.]+) GB", capsys.readouterr().out)
+    assert 1 < float(told[1]) * 1e9 / both[1]["peak"] < 1.1
+
+
+def test_a_dry_run_on_one_gpu_tells_how_many_are_enough(monkeypatch, capsys):
+    class Large:
+        batch = 16
+
+    run = object.__new__(common.Run)
+    run.args, run.size, run.live = Large, 140e9, common.LiveBytes()
+    run.live.peaks = {n: 500e9 / n + 5e9 for n in (1, 2, 4, 8, 16, 32)}
+    monkeypatch.setattr(run, "gathered_bytes", lambda: 11e9)
+    assert run.advice().startswith("80 GB GPUs: 16, with at most 58 GB")
+    assert "no number of 80 GB GPUs that divides --batch 8" in (setattr(Large, "batch", 8) or run.advice())
