@@ -1,8 +1,9 @@
 """What PyTorch and Hugging Face would give if they had it, shared by all scripts. In sections:
 
     runs and checkpoints   load_model, write_json, Run (directory, log, dry run)
+    several GPUs           launched, connect, shard; local, whole, summed
     data                   read_rows, load_chunks, Stream
-    loss and streams       next_token_loss, token_mean, residual_streams
+    loss and streams       in_parts, residual_streams, batch_mean, next_token_loss
     optimizer for bf16     AdamW and SGD (step, in_backward), HostCopy, check_finite
     log-probabilities      log_probs, score_rows
 
@@ -497,9 +498,8 @@ class Run:
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.inputs["weights"] = seed_of(
-                [local(p).flatten()[:64].tolist() for p in self.model.parameters()]
-            )
+            own = [local(p).flatten()[:64].tolist() for p in self.model.parameters()]
+            self.inputs["weights"] = seed_of(own)
             self.check_out()  # again: another process may have come and gone, and now the inputs are known
             if not (self.state / "run.json").exists():
                 known = {"script": Path(sys.argv[0]).name, "arguments": self.portable_arguments(self.out)}
@@ -563,13 +563,12 @@ class Run:
                 raise SystemExit(128 + stop)
 
     def on_signal(self, number, _):
-        if self.stop:
+        if self.stop and ranks() == 1:  # torchrun repeats a scheduler's signal, and kills after 30 s
             os._exit(128 + number)
         self.stop = number
-        if ranks() == 1:  # torchrun sends it also when another rank has ended
-            os.write(
-                2, b"\nthis step is finished and saved first; a second signal ends the program at once\n"
-            )
+        if ranks() == 1:  # torchrun sends it also when another process has ended
+            line = "this step is finished and saved first; a second signal ends the program at once"
+            os.write(2, f"\n{line}\n".encode())
 
     def keep(self, phase, state):
         """Saves the tensors in `state` completely or not at all; the save before stays until then."""
@@ -604,13 +603,12 @@ class Run:
             except (OSError, SafetensorError) as found:
                 error = found
             if agreed(error is not None)[0]:
-                why = error or "on another rank"
-                if error or not rank():
+                if not rank():
+                    shutil.rmtree(draft, ignore_errors=True)
+                    why = error or "another process cannot write"
                     print(
                         f"the state cannot be saved ({why}); the one before, if any, is kept", file=sys.stderr
                     )
-                if not rank():
-                    shutil.rmtree(draft, ignore_errors=True)
                 return
 
     def file(self, n):
@@ -747,10 +745,8 @@ class Run:
             if self.kept.get("phase", phase) != phase:
                 fail(f"{self.out / phase} is gone, which this run went on from; delete {self.out}")
             return False
-        dtype, where = (
-            str(self.model.dtype).removeprefix("torch."),
-            "cpu" if ranks() == 1 else self.args.device,
-        )
+        dtype, where = str(self.model.dtype).removeprefix("torch."), "cpu"
+        where = where if ranks() == 1 else self.args.device
         there, _ = load_model(self.out / phase, dtype, where, "--out")
         with torch.no_grad():
             for p, q in zip(self.model.parameters(), there.parameters()):
