@@ -67,7 +67,9 @@ def fail(message):
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     leave()
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    if ranks() > 1:
+        os._exit(2)  # what the others wait for never comes, and leaving the process group could take as long
     raise SystemExit(2)
 
 
@@ -889,22 +891,27 @@ def ranks():
 @cache
 def connect(kind):
     """Joins the processes that torchrun started; kind: "cuda" or "cpu", of their devices."""
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     atexit.register(disconnect)
     sys.excepthook = ended
 
 
 def disconnect():
-    dist.barrier()  # a process that leaves earlier can abort another one
-    dist.destroy_process_group()
+    """At the end. A process that leaves earlier than the others can abort them."""
+    try:
+        dist.barrier()
+        dist.destroy_process_group()
+    except RuntimeError:  # another one has not come so far, and has told why
+        os._exit(1)
 
 
 def ended(kind, error, trace):
     """One line in place of a traceback where the cause is that another process has ended."""
     leave()
-    if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+    if not re.search("(?i)closed by peer|reset by peer|broken pipe|remote process|aborted", str(error)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"{Path(sys.argv[0]).name}: another process has ended, so this one does", file=sys.stderr)
+    why = " ".join(str(error).split())[:150]
+    print(f"{Path(sys.argv[0]).name}: another process has ended, so this one does ({why})", file=sys.stderr)
 
 
 def leave():
@@ -1285,8 +1292,17 @@ def in_parts(model, f, *batch):
         return run(f, *batch)
 
     def of_part(_, *part):
-        in_parts.left -= torch.is_grad_enabled()  # the second time, in backward
-        return run(f, *part)
+        again = torch.is_grad_enabled()  # in backward
+        in_parts.left -= again
+        hooks = []
+        if again and ranks() > 1:  # in backward FSDP2 leaves what a forward pass gathered as it is
+            layers = decoder_layers(model)
+            hooks = [layer.register_forward_hook(lambda layer, *_: layer.reshard()) for layer in layers]
+        try:
+            return run(f, *part)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     parts = [*zip(*(x.split(size) for x in batch))]
     in_parts.left += len(parts) * torch.is_grad_enabled()
