@@ -1306,9 +1306,8 @@ def in_parts(model, f, *batch):
 
     parts = [*zip(*(x.split(size) for x in batch))]
     in_parts.left += len(parts) * torch.is_grad_enabled()
-    root = torch.ones(
-        (), requires_grad=True
-    )  # without it reentrant checkpoints, which add to .grad, do nothing
+    # reentrant checkpoints add to .grad, but only if an input has a gradient
+    root = torch.ones((), requires_grad=True)
     found = [checkpoint(of_part, root, *x, use_reentrant=True, preserve_rng_state=False) for x in parts]
     return torch.cat(found) if isinstance(found[0], torch.Tensor) else tuple(map(torch.cat, zip(*found)))
 
