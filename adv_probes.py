@@ -41,12 +41,9 @@ forget stays at 0 (probe_lr too small) or retain rises (lr too large).
 """
 
 import argparse
-import math
 import random
 import string
-import signal
 import sys
-from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -102,10 +99,6 @@ def parse_args(argv=None):
     if "--tiny" in argv:
         parser.set_defaults(**TINY | ({"lr": 1e-3, "steps": 100} if "--swd" in argv else {}))
     args = parser.parse_args(argv)
-    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
-        parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every, args.micro_batch) < 0:
-        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.steps, args.batch, args.log_every, args.probe_steps) < 1 or args.tokens < 2:
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")
     if not 4 <= args.probe_width <= 1 << 16 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
@@ -113,8 +106,6 @@ def parse_args(argv=None):
     given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
-    if bool(args.forget) != bool(args.retain):
-        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.steps = args.probe_steps = 1  # more steps hold no more
     return args
@@ -122,15 +113,15 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 from common import (
-    AdamW, Run, Stream, all_rows, all_steps, batch_mean, check_finite, decoder_layers, fail, generator,
-    next_token_loss, no_log, ranks, residual_streams, say, seed_of, sum_gradients,
+    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, mean, next_token_loss,
+    no_log, ranks, residual_streams, say, seed_of, sum_gradients, summed,
 )  # fmt: skip
 
 
@@ -141,10 +132,9 @@ def score_gap(probe, h_m, h_f, mask):
     h_m, h_f  (B, T, D), streams of match and forget text of the same lengths
     mask      (B, T), true on tokens; the first position (BOS) is left out
     """
-    mask = mask[:, 1:]
     with torch.autocast("cuda", torch.bfloat16, enabled=h_f.is_cuda):
         gap = (probe(h_m[:, 1:].float()) - probe(h_f[:, 1:].float())).squeeze(-1)  # (B, T - 1)
-    return batch_mean(gap.float(), mask)
+    return mean(gap.float(), mask[:, 1:])
 
 
 def sliced_wasserstein(x, y, mask):
@@ -158,6 +148,13 @@ def sliced_wasserstein(x, y, mask):
     return (a - b).square().sum() / (mask.sum() * x.shape[1])
 
 
+def all_rows(x):
+    """(B, ...), the rows of the whole batch in its order, from those of this rank. Differentiable."""
+    if ranks() == 1:
+        return x
+    return torch.stack(all_gather(x.contiguous()), 1).flatten(0, 1)  # see Stream
+
+
 def swd_loss(H, mask, *key, lines=128):
     """Sliced Wasserstein distance of the streams to N(0, I), mean over layers (3.4).
 
@@ -165,7 +162,7 @@ def swd_loss(H, mask, *key, lines=128):
     mask  (B, T), true on tokens; the first position (BOS) is left out
     key   of the noise and the directions, which the layers share
     """
-    mask, D = all_rows(mask[:, 1:]).flatten(), H[0].shape[-1]
+    mask, D = all_rows(mask[:, 1:].int()).bool().flatten(), H[0].shape[-1]
     draw = partial(torch.randn, generator=generator(mask.device, *key), device=mask.device)
     directions, noise = F.normalize(draw(lines, D), dim=-1), draw(len(mask), D)
     points = [all_rows(h[:, 1:].float() @ directions.T).flatten(0, 1) for h in H]  # (n, P)
@@ -173,11 +170,12 @@ def swd_loss(H, mask, *key, lines=128):
     return torch.stack(distances).mean() / ranks()  # of several GPUs each computes the same
 
 
-def probe_step(probes, optimizer, H_m, H_f, mask, clip=0.1):
-    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz."""
+def probe_step(probes, optimizer, H_m, H_f, mask, share, clip=0.1):
+    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz. share: of
+    the batch's tokens, this GPU's."""
     optimizer.zero_grad()
     for probe, h_m, h_f in zip(probes, H_m, H_f):  # one layer's activations at a time
-        (-score_gap(probe, h_m, h_f, mask)).backward()
+        (-share * score_gap(probe, h_m, h_f, mask)).backward()
     sum_gradients(probes.parameters())
     optimizer.step()
     for module in probes.modules():
@@ -197,19 +195,6 @@ def make_probes(L, D, width, seed):
                 norm(width // 4), nn.Linear(width // 4, 1),
             ) for _ in range(L)
         )  # fmt: skip
-
-
-@contextmanager
-def frozen(params):
-    """Inside, these parameters have no gradient."""
-    params = list(params)
-    for p in params:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
 
 
 def make_state(optimizer):
@@ -233,42 +218,41 @@ def adv_probes(
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     probe_*         probe steps per model step; their learning rate; their first hidden width
     freeze          keep embedding and output head as they are
-    seed, log       of probes, noise and rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    seed            of probes, noise and rounding
+    log, steps_left called as log(i, steps, forget=, retain=); yields the steps to do, see common.Run
     """
-    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight] if freeze else []
     own = ()  # what the probes add to the state
     if match is not None:
-        D = model.get_input_embeddings().weight.shape[1]
-        probes = make_probes(len(decoder_layers(model)), D, probe_width, seed).to(model.device)
+        layers, D = len(decoder_layers(model)), model.get_input_embeddings().weight.shape[1]
+        probes = make_probes(layers, D, probe_width, seed).to(model.device)
         probe_opt = torch.optim.RMSprop(probes.parameters(), lr=probe_lr)
         own = make_state(probe_opt)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        end.requires_grad_(not freeze)
+    opt = Optimizer(p for p in model.parameters() if p.requires_grad)
     model.train()
-    with frozen(ends):
-        opt = AdamW(p for p in model.parameters() if p.requires_grad)
-        for i in steps_left(steps, *opt.moments, *own):
-            ids, mask = forget[i - 1]
-            H_f = residual_streams(model, ids)
-            if match is not None:
-                ids_m = match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0)
-                with torch.no_grad():
-                    H_m = residual_streams(model, ids_m)
-                for _ in range(probe_steps):
-                    probe_step(probes, probe_opt, H_m, [h.detach() for h in H_f], mask)  # D ← ascend
-                with frozen(probes.parameters()):
-                    loss_f = torch.stack([score_gap(*layer, mask) for layer in zip(probes, H_m, H_f)]).mean()
-                    loss_f.backward()
-            else:
-                loss_f = swd_loss(H_f, mask, seed, "swd", i)
-                loss_f.backward()
-            H_f = H_m = None
-
-            loss_r = next_token_loss(model, *retain[i - 1])
-            check_finite(i, loss_f, loss_r)
-            loss_r.backward()  # .grad = ∇(distance + L(θ; x_r))
-            opt.step(i, lr * (1 - (i - 1) / steps), seed, "adv_probes", i)  # θ ← AdamW(θ, .grad)
-            log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+    for i in steps_left(steps, *opt.moments, *own):
+        ids, mask = forget[i - 1]
+        H_f = residual_streams(model, ids)
+        if match is not None:
+            share = mask[:, 1:].sum() / summed(mask[:, 1:].sum())
+            with torch.no_grad():
+                H_m = residual_streams(model, match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0))
+            for _ in range(probe_steps):
+                probe_step(probes, probe_opt, H_m, [h.detach() for h in H_f], mask, share)  # D ← ascend
+            probes.requires_grad_(False)
+            loss_f = share * torch.stack([score_gap(*layer, mask) for layer in zip(probes, H_m, H_f)]).mean()
+            loss_f.backward()
+            probes.requires_grad_(True)
+        else:
+            loss_f = swd_loss(H_f, mask, seed, "swd", i)
+            loss_f.backward()
+        H_f = H_m = None
+        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(distance + L(θ; x_r))
+        check_finite(i, loss_f, loss_r)
+        opt.step(i, lr * (1 - (i - 1) / steps), seed, "adv_probes", i)  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r)
+    model.requires_grad_(True)
 
 
 def match_texts(kind, tokens, seed, n=512):
@@ -282,10 +266,10 @@ def match_texts(kind, tokens, seed, n=512):
 def main(args):
     run = Run(args)
     model = run.load(args.model)
-    forget, retain = run.streams(forget=args.batch, retain=args.batch)
+    forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     texts = match_texts(args.match, args.tokens, args.seed)
-    match = None if args.swd else run.stream(texts, args.batch, "match")
-    if isinstance(match, Stream) and min(len(match.encode(j)) for j in range(len(texts))) < args.tokens:
+    match = None if args.swd else run.stream("match", args.batch, texts)
+    if match and min(len(match.encode(j)) for j in range(len(texts))) < args.tokens:
         fail(f"--match {args.match}: this tokenizer makes too few tokens of a text; lower --tokens")
     with run.training(tokens=(2 if args.swd else 3) * args.batch * args.tokens):
         adv_probes(

@@ -64,13 +64,13 @@ falls, retain stays near its first value. Sick: retain rises (lr too large).
     python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
-A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its
+Each method is called as method(model, forget, retain, *, steps, lr, seed, log, steps_left, ...) and works in
+place: forget and retain are Streams of B texts, lr is that of the first of the steps; log and steps_left are
+Run's. A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its
 line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
 """
 
 import argparse
-import math
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -125,18 +125,14 @@ def parse_args(argv=None):
         parser.set_defaults(**TINY | TINY_OF[parser.parse_known_args(argv)[0].method])
     args = parser.parse_args(argv)
     args.out = f"out/{args.method}" if args.out is None else args.out
-    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
-        parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every, args.micro_batch) < 0:
-        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.batch, args.log_every) < 1 or min(args.tokens, args.steps) < 2 or not 0 < args.lr < 0.1:
         parser.error("--batch and --log-every start at 1, --steps and --tokens at 2; 0 < --lr < 0.1")
-    if args.layer < 2 or not (0 < args.steer < math.inf and 0 <= args.weight < math.inf):
+    if args.layer < 2 or args.steer <= 0 or args.weight < 0:
         parser.error("--layer starts at 2, --weight at 0; 0 < --steer")
-    if not 1 <= args.rounds <= args.steps or not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
-        parser.error("--rounds goes from 1 to --steps, --noise from 0 to 1; 0 < --rare <= 1")
-    if bool(args.forget) != bool(args.retain):
-        parser.error("--forget goes with --retain")
+    if args.method == "overwriting" and not 1 <= args.rounds <= args.steps:
+        parser.error("--rounds goes from 1 to --steps")
+    if not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
+        parser.error("--noise goes from 0 to 1; 0 < --rare <= 1")
     if args.dry_run:
         args.steps, args.rounds = 2, 1  # high_low_lr: one of each phase; more steps hold no more
     return args
@@ -144,7 +140,6 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
@@ -152,10 +147,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    AdamW, Run, all_steps, batch_mean, check_finite, decoder_layers, fail, generator, in_parts,
-    layer_outputs, local, logits, next_token_loss, no_log, own_rows, residual_streams, say, summed,
-    token_losses, token_mean, twin, whole,
+    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model, local,
+    mean, next_token_loss, no_log, residual_streams, say, summed, token_losses, whole,
 )  # fmt: skip
+from random_mapping import random_mapping
 
 
 def min_posterior_loss(logits, targets, floor=-15.0):
@@ -216,73 +211,29 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, st
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
     method          a key of LOSSES; any other, "high_low_lr": the next-token loss, its second phase
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
-    seed, log       of the rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+    opt = Optimizer(model.parameters())
     with torch.no_grad():  # by the model before training, on the texts to come: no second model
         before = [text_log_probs(model, *forget[i])[0] for i in range(steps if method == "npo" else 0)]
+
+    def of_texts(model, ids, mask, *log_p_ref):
+        return TEXT_LOSSES[method](*text_log_probs(model, ids, mask), *log_p_ref).mean()
+
+    def of_tokens(model, ids, mask):
+        each = LOSSES.get(method, partial(F.cross_entropy, reduction="none"))
+        return mean(token_losses(model, ids, mask, each), mask[:, 1:])
+
     model.train()
     for i in steps_left(steps, *opt.moments):
+        x_f = forget[i - 1]
         if method in TEXT_LOSSES:
-            log_p, n = text_log_probs(model, *forget[i - 1])
-            each = TEXT_LOSSES[method](log_p, n, before[i - 1] if before else None)  # (B,)
-            loss_f = batch_mean(each, torch.ones_like(each))
-        elif method in LOSSES:
-            loss_f = token_mean(model, *forget[i - 1], loss=LOSSES[method])
+            loss_f = backward(model, of_texts, *x_f, *before[i - 1 : i], weight=torch.ones_like(x_f[0][:, 0]))
         else:
-            loss_f = next_token_loss(model, *forget[i - 1])
-        loss_f.backward()
-
-        loss_r = next_token_loss(model, *retain[i - 1])
+            loss_f = backward(model, of_tokens, *x_f)
+        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(forget loss + L(θ; x_r))
         check_finite(i, loss_f, loss_r)
-        loss_r.backward()  # .grad = ∇(forget loss + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "baseline", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
-
-
-def random_targets(model, seed):
-    """r: a Gaussian vector per token id, (V, D), drawn once from its own seed, for all layers (3.4)."""
-    V, D = model.get_input_embeddings().weight.shape
-    return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
-
-
-def mapping_loss(model, r, ids, mask):
-    """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
-
-    r          (V, D), the target of each token
-    ids, mask  (B, T), a batch; the first position (BOS) is left out
-    """
-
-    def distances(ids):  # of the L layers, (B, T - 1) each
-        H, targets = layer_outputs(model, ids), r[ids][:, 1:].float()
-        return tuple(1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H)
-
-    return torch.stack([batch_mean(d, mask[:, 1:]) for d in in_parts(model, distances, ids)]).mean()
-
-
-def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
-    """Random Mapping (3.4) of `model`, in place.
-
-    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
-    seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
-    """
-    opt = AdamW(p for p in model.parameters() if p.requires_grad)
-    r = random_targets(model, seed)  # (V, D)
-    model.train()
-    for i in steps_left(steps, *opt.moments):
-        loss_f = mapping_loss(model, r, *forget[i - 1])
-        loss_f.backward()
-
-        loss_r = next_token_loss(model, *retain[i - 1])
-        check_finite(i, loss_f, loss_r)
-        loss_r.backward()  # .grad = ∇(mapping loss + L(θ; x_r))
-        opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+        log(i, steps, forget=loss_f, retain=loss_r)
 
 
 def rmu(
@@ -291,93 +242,74 @@ def rmu(
     """RMU (Li et al., 2024) of `model`, in place: on x_f the stream of one layer is steered to one random
     vector, on x_r it is held where it was.
 
-    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate, of all of them
     layer           l, from 0; the last matrices of the MLPs in layers l - 2, l - 1 and l are trained
     steer, weight   c, length of the vector; α, of the retain loss
-    seed, log       of the vector and the rounding; called as log(i, steps, forget=, held=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    linear = [[m for m in l.modules() if isinstance(m, torch.nn.Linear)] for l in decoder_layers(model)]
-    trained = [of_layer[-1].weight for of_layer in linear[layer - 2 : layer + 1]]
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is w for w in trained)]
-    for p in others:
-        p.requires_grad_(False)
-    opt, first = AdamW(trained), [w.detach().clone() for w in trained]
+    layers = decoder_layers(model)[layer - 2 : layer + 1]
+    trained = [[p for p in each.parameters() if p.ndim > 1][-1] for each in layers]
+    model.requires_grad_(False)
+    for w in trained:
+        w.requires_grad_(True)
+    opt, first = Optimizer(trained), [w.detach().clone() for w in trained]
     u = torch.rand(model.config.get_text_config().hidden_size, generator=generator("cpu", seed, "rmu"))
     target = (steer * u / u.norm()).to(model.device)  # c u, (D,)
 
-    def distance(target, ids, mask):
-        """|h - target|² / D, mean over tokens, and h (B, T, D)."""
+    def distance(model, ids, mask, target=target):
+        """|h - target|² / D, mean over tokens."""
         h = residual_streams(model, ids)[layer].float()
-        return batch_mean((h - target).square().mean(-1), mask), h.detach()
+        return mean((h - target).square().mean(-1), mask)
 
     model.train()
     for i in steps_left(steps, *opt.moments):
-        loss_f, _ = distance(target, *forget[i - 1])
-        loss_f.backward()
-
+        (ids_f, mask_f), (ids_r, mask_r) = forget[i - 1], retain[i - 1]
+        loss_f = backward(model, distance, ids_f, mask_f, weight=mask_f)
         now = [w.detach().clone() for w in trained]
         with torch.no_grad():
             for w, w_0 in zip(trained, first):
                 w.copy_(w_0)
-            _, h_0 = distance(0, *retain[i - 1])
+            h_0 = residual_streams(model, ids_r)[layer].float()
             for w, w_now in zip(trained, now):
                 w.copy_(w_now)
-        loss_r, _ = distance(h_0, *retain[i - 1])
-        check_finite(i, loss_f, loss_r)
-        (weight * loss_r).backward()  # .grad = ∇(|h - c u|² + α |h - h_0|²)
+        loss_r = backward(model, distance, ids_r, mask_r, h_0, weight=mask_r, factor=weight)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(|h - c u|² + α |h - h_0|²)
         opt.step(i, lr, seed, "rmu", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), held=loss_r.detach())
-    for p in others:
-        p.requires_grad_(True)
+        log(i, steps, forget=loss_f, held=loss_r)
+    model.requires_grad_(True)
 
 
-def divergence(model, teacher, ids, mask):
+def divergence(model, ids, mask, teacher):
     """KL(p_teacher || p) of the next token, nats, mean over unmasked tokens."""
 
-    def log_p(model, ids):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return logits(model, hidden[:, :-1]).log_softmax(-1)  # (B, T - 1, V)
+    def log_p(model):
+        return model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)  # (B, T - 1, V)
 
-    def each(ids):
-        with torch.no_grad():
-            log_q = in_parts(teacher, partial(log_p, teacher), ids)
-        return F.kl_div(log_p(model, ids), log_q, reduction="none", log_target=True).sum(-1)
-
-    return batch_mean(in_parts(model, each, ids), mask[:, 1:])
+    with torch.no_grad():
+        log_q = log_p(teacher)
+    return mean(F.kl_div(log_p(model), log_q, reduction="none", log_target=True).sum(-1), mask[:, 1:])
 
 
-def undo(model, forget, retain, *, steps, lr, noise, seed=0, log=no_log, steps_left=all_steps):
+def undo(model, forget, retain, *, teacher, steps, lr, noise, seed=0, log=no_log, steps_left=all_steps):
     """UNDO (Lee et al., 2025) of an unlearned `model`, in place: noise on its weights, then distillation from
     what it was before, on F and on R.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
+    teacher         a copy of the model
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     noise           every matrix W of the decoder layers becomes (1 - noise) W + noise · std(W) · N(0, 1)
-    seed, log       of the noise and the rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
-    teacher = twin(model).requires_grad_(False)
     with torch.no_grad():
-        weights = [p for layer in decoder_layers(model) for p in layer.parameters()]
-        for j, W in enumerate(p for p in weights if p.ndim == 2):
+        for j, W in enumerate(p for p in decoder_layers(model).parameters() if p.ndim == 2):
             full = whole(W)
             drawn = torch.empty_like(full).normal_(generator=generator(W.device, seed, "noise", j))
-            local(W).lerp_(own_rows(full.std() * drawn, W), noise)
-    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+            local(W).lerp_(local(like(full.std() * drawn, W)), noise)
+    opt, loss = Optimizer(model.parameters()), partial(divergence, teacher=teacher)
     model.train()
     for i in steps_left(steps, *opt.moments):
-        loss_f = divergence(model, teacher, *forget[i - 1])
-        loss_f.backward()
-
-        loss_r = divergence(model, teacher, *retain[i - 1])
+        loss_f = backward(model, loss, *forget[i - 1])
+        loss_r = backward(model, loss, *retain[i - 1])  # .grad = ∇(KL on x_f + KL on x_r)
         check_finite(i, loss_f, loss_r)
-        loss_r.backward()  # .grad = ∇(KL on x_f + KL on x_r)
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "undo", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+        log(i, steps, forget=loss_f, retain=loss_r)
 
 
 def swaps(model, batches, rounds, rare, seed):
@@ -405,12 +337,10 @@ def false_text(model, ids, mask, pi):
     """x̃: the text with the facts that `model` knows replaced by what it says where the names are others.
 
     ids, mask  (B, T); pi: (V,), the permutation of tokens
-    Returns x̃ (B, T).
     """
 
     def posterior(x):
-        hidden = model.base_model(input_ids=x, use_cache=False).last_hidden_state
-        return logits(model, hidden[:, :-1]).softmax(-1)  # (B, T - 1, V)
+        return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
 
     def of_rows(ids, mask):
         x = ids[:, 1:, None]  # (B, T - 1, 1)
@@ -419,7 +349,8 @@ def false_text(model, ids, mask, pi):
         replaced = (p > 0.5) & (q.gather(-1, x) < p / 2) & (answer != pi[x])  # pi[x]: copied from the context
         return torch.cat([ids[:, :1], torch.where(replaced & mask[:, 1:, None], answer, x)[..., 0]], 1)
 
-    return in_parts(model, of_rows, ids, mask)
+    size = model.micro_batch or len(ids)
+    return torch.cat([of_rows(*part) for part in zip(ids.split(size), mask.split(size))])
 
 
 def overwriting(
@@ -427,14 +358,9 @@ def overwriting(
 ):  # fmt: skip
     """Overwriting of `model`, in place: the next-token loss on false text of F and on R.
 
-    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     rounds          sets of false facts, each for an equal part of the steps
     rare            share of F's tokens below which a token is rare; only these are permuted
     rest            weight of the tokens of F that were not replaced, against 1 of those that were
-    seed, log       of permutations and rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
     """
     batches = [forget[i] for i in range(steps)]
     pi = swaps(model, batches, rounds, rare, seed)
@@ -443,26 +369,26 @@ def overwriting(
         false_text(model, *batch, pi[i * rounds // steps])
         for i, batch in enumerate(tqdm(batches, "false text", disable=None, leave=False))
     ]
-    opt = AdamW(p for p in model.parameters() if p.requires_grad)
+
+    def loss(model, x, mask, weight):
+        return mean(token_losses(model, x, mask, partial(F.cross_entropy, reduction="none")), weight)
+
+    opt = Optimizer(model.parameters())
     model.train()
     for i in steps_left(steps, *opt.moments):
         (ids, mask), x = batches[i - 1], false[i - 1]
         weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
-        losses = token_losses(model, x, mask, partial(F.cross_entropy, reduction="none"))
-        loss_f = batch_mean(losses, weight)
-        loss_f.backward()
-
-        loss_r = next_token_loss(model, *retain[i - 1])
+        loss_f = backward(model, loss, x, mask, weight, weight=weight)
+        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
         check_finite(i, loss_f, loss_r)
-        loss_r.backward()  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "overwriting", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+        log(i, steps, forget=loss_f, retain=loss_r)
 
 
 def main(args):
     run = Run(args)
     model = run.load(args.model)
-    forget, retain = run.streams(forget=args.batch, retain=args.batch)
+    forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
     own = {  # what each method takes beyond what all do
         "rmu": dict(layer=args.layer, steer=args.steer, weight=args.weight),
@@ -472,6 +398,8 @@ def main(args):
     method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
     if args.method == "rmu" and args.layer >= (depth := len(decoder_layers(model))):
         fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
+    if args.method == "undo":
+        own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
     with run.training(tokens=2 * args.batch * args.tokens):
         if high:
             more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))

@@ -19,7 +19,8 @@ paper is silent, our choices:
 
 1) The question's words (QUESTION), and the threshold of 1/2.
 2) Chunks are consecutive cuts of a document, without overlap.
-3) "yes" and "Yes" both count, and so do "no" and "No".
+3) "yes", "Yes" and "YES" count, with and without a space before them, and so do "no", "No", "NO". A judge whose
+   answers rarely begin so is warned about: its labels mean little.
 
     python label_pile.py --tiny                           # the miniature on a laptop, 4 s    -> out/labels
     python label_pile.py --per-class 25000 --tokenizer meta-llama/Llama-2-7b-chat-hf   # the Pile, on one GPU
@@ -30,7 +31,6 @@ paper is silent, our choices:
 import argparse
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -100,39 +100,24 @@ def parse_args(argv=None):
         parser.error(f"--shard {args.shard}: give i/n with i from 0 to n - 1")
     if args.question.count("{chunk}") != 1 or args.question.endswith("{chunk}"):
         parser.error("--question needs {chunk} once, and text after it")
-    if not args.concept.strip() or "{chunk}" in args.concept:
-        parser.error(f"--concept {args.concept!r}: name a subject, without {{chunk}}")
-    if not args.out.strip():
-        parser.error("--out is empty; name a folder")
     args.max_bytes = int(float(size[1]) * 1000 ** " kMGT".index(size[2] or " "))
     args.shard = int(shard[1]), int(shard[2])
     return args
 # fmt: on
 
 
-def stopped(number, _):
-    """Ends the program at a signal."""
-    os.write(2, b"\nlabel_pile.py: stopped; run the same command again to go on\n")
-    os._exit(128 + number)
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # every part is whole: nothing to finish, no traceback
-        signal.signal(number, stopped)
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import json
 import math
 import time
-from contextlib import contextmanager
-from itertools import chain, islice, pairwise
+from itertools import islice
 
 import torch
 from transformers import AutoTokenizer
 
-from common import (
-    Row, bos, cause, fail, launched, load_model, locked, read_rows, reading, score_rows, write_json,
-)  # fmt: skip
+from common import Row, bos, fail, load_model, lock, read_json, read_table, say, score_rows, write_json
 
 
 def plain(tokenizer, text, **more):
@@ -165,16 +150,10 @@ def read_chunks(rows, tokenizer, limit, shard, max_bytes, after):
     shard  (i, n): documents i, i + n, ...
     after  id of the last chunk that is done already, (document, chunk), or None
     """
-    rows, size, d = iter(rows), 0, -1
-    while size < max_bytes:
-        try:
-            row, d = next(rows), d + 1
-        except StopIteration:
+    size = 0
+    for d, row in enumerate(rows):
+        if size >= max_bytes:
             return
-        except Exception as error:  # of the network, the archive or the JSON: datasets raises many kinds
-            fail(f"--pile: unreadable after document {d} ({cause(error)}); fix it and rerun the same command")
-        if not isinstance(row["text"], str):
-            fail(f"--pile: document {d}: text is {row['text']!r:.60}; drop the row")
         size += len(row["text"].encode())
         if d % shard[1] != shard[0] or (after and d < after[0]):
             continue
@@ -188,10 +167,7 @@ def frame(tokenizer, question, concept, chat):
     text = question.replace("{concept}", concept)
     if chat and tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        try:
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program
-            fail(f"--judge: its chat template fails ({cause(error)}); use --no-chat, or another judge")
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     elif chat:
         text = f"GPT4 Correct User: {text}<|end_of_turn|>GPT4 Correct Assistant:"
     if text.count("{chunk}") != 1:
@@ -207,25 +183,30 @@ def around(tokenizer, head, tail):
 
 
 def answer_ids(tokenizer, tail):
-    """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}.
+    """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}: with and without
+    a space (after a template's line break there is none), capital and small.
 
     An answer's ids are those of tail + answer with the tail's cut off, as for the letters of MMLU.
     """
-    start = len(tokenizer(tail, add_special_tokens=False).input_ids)
+    before = tokenizer(tail, add_special_tokens=False).input_ids
     found = {}
     for answer in ("yes", "no"):
-        texts = [f"{tail} {word}" for word in (answer, answer.title())]
+        texts = [
+            tail + space + word for space in (" ", "") for word in (answer, answer.title(), answer.upper())
+        ]
         ids = tokenizer(texts, add_special_tokens=False).input_ids
-        ids = {i[start] for i in ids if len(i) > start}
-        found[answer] = sorted(ids - {tokenizer.unk_token_id})
-    if not all(found.values()) or set(found["yes"]) & set(found["no"]):
+        found[answer] = {x[len(before)] for x in ids if len(x) > len(before) and x[: len(before)] == before}
+    both = found["yes"] & found["no"] | {tokenizer.unk_token_id}  # such as a space that is a token of its own
+    found = {answer: sorted(ids - both) for answer, ids in found.items()}
+    if not all(found.values()):
         fail("--judge: its tokenizer has no first token that tells yes from no; use another judge")
     return found
 
 
 @torch.no_grad()
 def judge(model, tokenizer, texts, head, tail, budget=None):
-    """p(yes) / (p(yes) + p(no)) of each text (A.1), one forward pass per text; the head is computed once.
+    """(p(yes) / (p(yes) + p(no)), p(yes) + p(no)) of each text (A.1), one forward pass per text; the head is
+    computed once.
 
     head, tail  the prompt around the text, from frame
     budget      tokens per batch, see score_rows
@@ -234,15 +215,12 @@ def judge(model, tokenizer, texts, head, tail, budget=None):
     answers = answer_ids(tokenizer, tail)
     targets = [answers["yes"] + answers["no"]]
     whole = [before + ids + after for ids in plain(tokenizer, texts).input_ids]
-    scores = [0.0] * len(texts)
+    scores = [(0.0, 0.0)] * len(texts)
     rows = [Row(j, ids, len(ids) - 1, targets) for j, ids in enumerate(whole)]
     for j, found in score_rows(model, rows, budget):
         p = [math.exp(x) for x in found]
-        scores[j] = sum(p[: len(answers["yes"])]) / (sum(p) or 1.0)
+        scores[j] = sum(p[: len(answers["yes"])]) / (sum(p) or 1.0), sum(p)
     return scores
-
-
-COLUMNS = ["id", "txt_chunk", "meta", "label", "score", "judge"]
 
 
 class Parts:
@@ -252,206 +230,96 @@ class Parts:
     """
 
     def __init__(self, folder, shard, settings):
-        self.folder, self.settings = Path(folder), settings
+        self.folder, kept = Path(folder), Path(folder) / "settings.json"
         self.stem = "part" if shard[1] == 1 else f"part-{shard[0]}-of-{shard[1]}"
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
-        self.kept = self.folder / "settings.json"
-        self.count, self.labels, self.after = 0, {True: 0, False: 0}, None
-        with self.writing():
-            if self.kept.exists():
-                self.check()
-                names = self.names()
-                for i in range(len(names)):
-                    if self.path(i).name not in names:
-                        self.refuse(f"{self.path(i).name} is missing; restore it, or delete the later ones")
-                    self.add(self.read(self.path(i), last=i + 1 == len(names)))
-            elif self.folder.exists():
-                if [p for p in self.folder.iterdir() if p.suffix not in (".lock", ".draft")]:
-                    self.refuse("has files but no settings.json, so no labelling run's; choose another --out")
-
-    def begin(self):
-        """Before the first part: makes the folder and settings.json if they are not there."""
-        draft = self.folder / f"settings.{os.getpid()}.draft"
-        with self.writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.kept.exists():
-                draft.write_text(json.dumps(self.settings, indent=1) + "\n")
-                try:
-                    os.link(draft, self.kept)  # as a rename, but not onto the settings of another shard
-                except FileExistsError:
-                    pass
-                draft.unlink()
-            self.check()
-            if len(self.names()) != self.count:
-                self.refuse("another process has written parts meanwhile; rerun the same command")
-
-    def check(self):
-        """Takes the lock of this shard; is the folder this run's?"""
-        if not locked(self.folder / f"{self.stem}.lock"):
-            self.refuse("another process writes this shard; wait for it, or choose another --shard or --out")
         if self.summary.exists():
-            self.refuse("is a finished run; choose another --out, or delete that directory first")
-        try:
-            kept = json.loads(self.kept.read_text())
-        except ValueError as error:
-            self.refuse(f"settings.json is broken ({error}); choose another --out, or delete the folder")
-        if kept != self.settings:
-            self.refuse("was begun with other settings (settings.json); choose another --out, or use them")
-
-    @contextmanager
-    def writing(self):
-        """Inside, an error of the file system, such as a full disk, ends the program."""
-        try:
-            yield
-        except OSError as error:
-            n, remedy = sum(self.labels.values()), "choose another directory"
-            if n:
-                remedy = f"the first {n} rows are kept: make room and rerun the same command"
-            self.refuse(f"cannot be written ({error.strerror}); {remedy}")
-
-    def refuse(self, message):
-        fail(f"--out {self.folder}: {message}")
-
-    def path(self, i):
-        return self.folder / f"{self.stem}-{i:05}.jsonl"
-
-    def names(self):
-        part = re.compile(rf"{self.stem}-\d{{5,}}\.jsonl")
-        return {p.name for p in self.folder.iterdir() if part.fullmatch(p.name)}
-
-    def read(self, path, last):
-        """Rows of a part file, which someone else may have changed; all but the last are full."""
-        try:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            kinds = {([*row] == COLUMNS, type(row["label"])) for row in rows}
-            ids = [tuple(map(int, row["id"].split("-"))) for row in rows]
-        except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, no such column
-            kinds = ids = ()
-        ordered = [*([self.after] if self.after else []), *ids]
-        ordered = all(a < b for a, b in pairwise(ordered)) and (last or len(ids) == self.settings["rows"])
-        if kinds != {(True, bool)} or {len(place) for place in ids} != {2} or not ordered:
-            self.refuse(f"{path.name} is broken; restore it, or delete it and the later ones")
-        return rows
-
-    def add(self, rows):
-        self.count += 1
-        self.after = tuple(map(int, rows[-1]["id"].split("-")))
-        for row in rows:
-            self.labels[row["label"]] += 1
+            fail(f"--out {folder} is a finished run; choose another --out, or delete that directory first")
+        if read_json(kept) not in ({}, settings):
+            fail(f"--out {folder}: was begun with other settings (settings.json); choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder / f"{self.stem}.lock") or fail(f"--out {folder}: another process writes this shard")
+        write_json(kept, settings)
+        files = sorted(self.folder.glob(f"{self.stem}-[0-9]*.jsonl"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        self.count, self.labels = (
+            len(files),
+            {side: sum(r["label"] == side for r in rows) for side in (True, False)},
+        )
+        self.after = tuple(map(int, rows[-1]["id"].split("-"))) if rows else None
 
     def write(self, rows):
-        """One more part, completely or not at all: it appears under its name when it is on the disk."""
-        path = self.path(self.count)
-        with self.writing():
-            with open(path.with_suffix(".draft"), "w") as f:
-                f.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-                f.flush()
-                os.fsync(f.fileno())
-            path.with_suffix(".draft").replace(path)
-        self.add(rows)
+        """One more part, completely or not at all."""
+        path = self.folder / f"{self.stem}-{self.count:05}.jsonl"
+        path.with_suffix(".draft").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+        path.with_suffix(".draft").replace(path)
+        self.count += 1
+        for row in rows:
+            self.labels[row["label"]] += 1
 
 
 def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, log=lambda *_: None):
     """Scores chunks part by part until they or a limit end.
 
     chunks     from read_chunks
-    score      score(texts) -> p(yes) of each
+    score      score(texts) -> (p(yes), p(yes or no)) of each
     parts      Parts; rows chunks go to each
     name       the judge's, a column
     max_chunks, per_class  limits on all rows and on the rows of the rarer label, or None
     log        called after each part as log(bytes read)
     """
-
-    def enough():
-        most, each = sum(parts.labels.values()), min(parts.labels.values())
-        return (max_chunks and most >= max_chunks) or (per_class and each >= per_class)
-
-    chunks = iter(chunks)
-    while not enough():
-        room = rows if not max_chunks else min(rows, max_chunks - sum(parts.labels.values()))
-        if not (batch := list(islice(chunks, room))):
+    most, each, warned = max_chunks or math.inf, per_class or math.inf, False
+    while (n := sum(parts.labels.values())) < most and min(parts.labels.values()) < each:
+        if not (batch := list(islice(chunks, int(min(rows, most - n))))):
             return
-        flush(batch, score, parts, name, per_class)
+        found, done, scores = [], dict(parts.labels), score([text for _, text, _, _ in batch])
+        if (sure := sum(either for _, either in scores) / len(scores)) < 0.5 and not warned:
+            why = "perhaps it thinks first, or needs another --question or --no-chat"
+            say(
+                f"WARNING: the judge begins with yes or no in {100 * sure:.2f} % only; {why}", file=sys.stderr
+            )
+            warned = True
+        for ((d, k), text, meta, _), (p, _) in zip(batch, scores):
+            if min(done.values()) < each:  # up to the row with which both labels have enough
+                row = {"id": f"{d}-{k}", "txt_chunk": text, "meta": meta, "label": p > 0.5}
+                found.append(row | {"score": round(p, 6), "judge": name})
+                done[p > 0.5] += 1
+        parts.write(found)
         log(batch[-1][3])
-
-
-def flush(batch, score, parts, name, per_class):
-    """Scores one part's chunks and writes them, up to the row with which both labels have enough."""
-    found, done = [], dict(parts.labels)
-    for ((d, k), text, meta, _), p in zip(batch, score([text for _, text, _, _ in batch])):
-        row = {"id": f"{d}-{k}", "txt_chunk": text, "meta": meta, "label": p > 0.5}
-        found.append(row | {"score": round(p, 6), "judge": name})
-        done[row["label"]] += 1
-        if per_class and min(done.values()) >= per_class:
-            break
-    parts.write(found)
-
-
-def load_cutter(name):
-    """The tokenizer that cuts documents, another than the judge's."""
-    with reading(name, "--tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        plain(tokenizer, "a", return_offsets_mapping=True)  # which slow tokenizers lack
-    return tokenizer
-
-
-def check_length(model, tokenizer, head, tail, tokens):
-    """Does the prompt around a chunk of so many tokens fit the judge's context?"""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    room = max(context - sum(map(len, around(tokenizer, head, tail))), 0)
-    if tokens > room:
-        fail(f"--tokens {tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")
 
 
 def main(args):
     kept = ("pile", "judge", "tokenizer", "concept", "question", "chat", "tokens", "rows", "dtype")
-    (i, n), (rank, ranks) = args.shard, launched()
-    args.shard = i + n * rank, n * ranks  # under torchrun each process labels a part of the shard
-    parts = Parts(args.out, args.shard, {k: getattr(args, k) for k in kept} | {"shards": args.shard[1]})
-    rows = read_rows(args.pile, "--pile", ("text",), streaming=True)
-    cutter = load_cutter(args.tokenizer) if args.tokenizer else None
-    model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge", alone=True)
-    cutter = cutter or tokenizer
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+    shard = args.shard[0] + args.shard[1] * rank, args.shard[1] * ranks  # torchrun: each process works alone
+    rows = read_table(args.pile, "--pile", ("text",), streaming=True)
+    model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge")
+    cutter = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else tokenizer
     head, tail = frame(tokenizer, args.question, args.concept, args.chat)
-    answer_ids(tokenizer, tail)
-    check_length(model, tokenizer, head, tail, args.tokens)
-    chunks = read_chunks(rows, cutter, args.tokens, args.shard, args.max_bytes, parts.after)
-    one = [*islice(chunks, 1)]  # before anything is written
-    if not (one or parts.count or args.shard[1] > 1):
-        fail(f"--pile {args.pile}: no text to label in {args.max_bytes} bytes; give other documents, or more")
-    parts.begin()
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"{model.device} | {dtype} | judge {args.judge} | writes {args.out}")
-    start, first, read = time.time(), sum(parts.labels.values()), 0
-    if first:
-        d, k = parts.after
-        print(f"{first} rows are there already; resuming after chunk {k} of document {d}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):
+        fail(f"--tokens {args.tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")
+    parts = Parts(args.out, shard, {k: getattr(args, k) for k in kept} | {"shards": shard[1]})
+    first, start = sum(parts.labels.values()), time.time()
+    say(f"{model.device} | {model.dtype} | judge {args.judge} | writes {args.out}, {first} rows are there")
 
     def log(size):
-        nonlocal read
-        n, read, spent = sum(parts.labels.values()), size, time.time() - start
+        n, spent = sum(parts.labels.values()), time.time() - start
         limits = ((n, args.max_chunks), (min(parts.labels.values()), args.per_class), (size, args.max_bytes))
         share = max(done / limit for done, limit in limits if limit)  # of the limit that is nearest
-        begun = first / n * share
-        left = spent * (1 - share) / max(share - begun, 1e-9)
-        left = f"{left / 60:.0f} min" if left >= 90 else f"{max(left, 0):.0f} s"
-        print(
-            f"chunks {n} | {(n - first) / spent:.1f} chunks/s | "
-            f"positive {100 * parts.labels[True] / n:.1f} % | {size / 1e6:.1f} MB read | eta {left}",
-            flush=True,
+        say(
+            f"chunks {n} | {(n - first) / spent:.1f} chunks/s | positive {100 * parts.labels[True] / n:.1f} % | "
+            f"{size / 1e6:.1f} MB read | {100 * share:.0f} % done"
         )
 
     label(
-        chain(one, chunks), lambda texts: judge(model, tokenizer, texts, head, tail), parts, rows=args.rows,
-        name=args.judge, max_chunks=args.max_chunks, per_class=args.per_class, log=log,
+        read_chunks(rows, cutter, args.tokens, shard, args.max_bytes, parts.after),
+        lambda texts: judge(model, tokenizer, texts, head, tail), parts, rows=args.rows, name=args.judge,
+        max_chunks=args.max_chunks, per_class=args.per_class, log=log,
     )  # fmt: skip
-    n = sum(parts.labels.values())
-    summary = {"chunks": n, "positive": parts.labels[True], "bytes_read": read, "arguments": vars(args)}
-    with parts.writing():
-        write_json(parts.summary, summary | {"seconds": round(time.time() - start, 1)})
-    print(f"{n} rows, {parts.labels[True]} positive, in {args.out}")
-    if n:
-        print(f"next: python rmat.py{' --tiny' if args.tiny else ''} --data {args.out}")
+    n, positive = sum(parts.labels.values()), parts.labels[True]
+    write_json(parts.summary, {"chunks": n, "positive": positive, "arguments": vars(args)})
+    say(f"{n} rows, {positive} positive, in {args.out}\nnext: python rmat.py --data {args.out}")
 
 
 if __name__ == "__main__":

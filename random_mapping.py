@@ -33,9 +33,8 @@ Sick: forget stays at 1 (lr too small) or retain rises (lr too large).
 """
 
 import argparse
-import math
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
@@ -71,14 +70,8 @@ def parse_args(argv=None):
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if not all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float)):
-        parser.error("a number is nan or inf")
-    if min(args.seed, args.save_every, args.micro_batch) < 0:
-        parser.error("--seed, --save-every and --micro-batch start at 0")
     if min(args.steps, args.batch, args.log_every) < 1 or args.tokens < 2 or not 0 < args.lr < 1:
         parser.error("--steps, --batch, --log-every start at 1, --tokens at 2; 0 < --lr < 1")
-    if bool(args.forget) != bool(args.retain):
-        parser.error("--forget goes with --retain")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
     return args
@@ -86,15 +79,14 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
 import torch.nn.functional as F
 
 from common import (
-    AdamW, Run, all_steps, batch_mean, check_finite, generator, in_parts, layer_outputs, next_token_loss,
-    no_log, say,
+    Optimizer, Run, all_steps, backward, check_finite, generator, mean, next_token_loss, no_log,
+    residual_streams, say,
 )  # fmt: skip
 
 
@@ -104,18 +96,15 @@ def random_targets(model, seed):
     return torch.randn(V, D, generator=generator("cpu", seed, "targets")).to(model.device, model.dtype)
 
 
-def mapping_loss(model, r, ids, mask):
+def mapping_loss(model, ids, mask, r):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    r          (V, D), the target of each token
     ids, mask  (B, T), a batch; the first position (BOS) is left out
+    r          (V, D), the target of each token
     """
-
-    def distances(ids):  # of the L layers, (B, T - 1) each
-        H, targets = layer_outputs(model, ids), r[ids][:, 1:].float()
-        return tuple(1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H)
-
-    return torch.stack([batch_mean(d, mask[:, 1:]) for d in in_parts(model, distances, ids)]).mean()
+    H, targets = residual_streams(model, ids), r[ids][:, 1:].float()
+    distances = [1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H]  # (B, T - 1) each
+    return torch.stack([mean(d, mask[:, 1:]) for d in distances]).mean()
 
 
 def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
@@ -123,28 +112,24 @@ def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, step
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
-    seed, log       of targets and rounding; called as log(i, steps, forget=, retain=)
-    steps_left      yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    seed            of targets and rounding
+    log, steps_left called as log(i, steps, forget=, retain=); yields the steps to do, see common.Run
     """
-    opt = AdamW(p for p in model.parameters() if p.requires_grad)
-    r = random_targets(model, seed)  # (V, D)
+    opt = Optimizer(model.parameters())
+    loss = partial(mapping_loss, r=random_targets(model, seed))
     model.train()
     for i in steps_left(steps, *opt.moments):
-        loss_f = mapping_loss(model, r, *forget[i - 1])
-        loss_f.backward()
-
-        loss_r = next_token_loss(model, *retain[i - 1])
+        loss_f = backward(model, loss, *forget[i - 1])
+        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(mapping loss + L(θ; x_r))
         check_finite(i, loss_f, loss_r)
-        loss_r.backward()  # .grad = ∇(mapping loss + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r.detach())
+        log(i, steps, forget=loss_f, retain=loss_r)
 
 
 def main(args):
     run = Run(args)
     model = run.load(args.model)
-    forget, retain = run.streams(forget=args.batch, retain=args.batch)
+    forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     with run.training(tokens=2 * args.batch * args.tokens):
         random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.phase())
     run.save(data=args.data)

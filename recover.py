@@ -42,10 +42,9 @@ import json
 import math
 import os
 import re
-import signal
 import sys
-import time
-from contextlib import contextmanager, suppress
+import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -90,13 +89,10 @@ class Multiple(argparse.Action):
 
     def __call__(self, parser, args, value, option=None):
         kind = type(self.default)
-        try:
-            if value.endswith("x"):
-                value = getattr(args, self.dest) * float(value[:-1])
-                value = max(round(value), 1) if kind is int else value
-            setattr(args, self.dest, kind(value))
-        except (ValueError, OverflowError):
-            parser.error(f"{option} {value}: needs a number, or a multiple such as 3x")
+        if value.endswith("x"):
+            value = getattr(args, self.dest) * float(value[:-1])
+            value = max(round(value), 1) if kind is int else value
+        setattr(args, self.dest, kind(value))
 
 
 def parse_args(argv=None):
@@ -145,50 +141,23 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
     if "--tiny" in argv:
         parser.set_defaults(**TINY)
-    if not {"-h", "--help"} & set(argv):
-        path = Path(parser.parse_known_args(argv)[0].ckpt) / "args.json"
-        try:
-            known = json.loads(path.read_text()) if path.exists() else {}
-            known = known if known.get("script") else {}  # another program's
-            if known.get("tiny"):
-                world = (path.parent / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
-                files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
-                parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
-            known |= {"retain": known.get("arguments", {}).get("retain")}
-            for key in [k for k in ("base", "data", "retain") if known.get(k)]:
-                there = os.path.normpath(path.parent / known[key])  # its paths are relative to it
-                parser.set_defaults(**{key: there if os.path.exists(there) else known[key]})
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # not ours
-            parser.error(f"--ckpt {path.parent}: args.json cannot be used ({error}); restore or delete it")
+    if "--ckpt" in argv and not {"-h", "--help"} & set(argv):
+        folder = Path(parser.parse_known_args(argv)[0].ckpt)
+        known = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+        there = {k: known.get(k) or known.get("arguments", {}).get(k) for k in ("base", "data", "retain")}
+        there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items() if v}
+        if known.get("tiny"):
+            world = (folder / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
+            files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
+            parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
+        parser.set_defaults(**there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
-    if args.out == "":
-        parser.error("--out '': needs the name of a directory")
-    args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
-    if not Path(args.ckpt).is_dir() and Path(args.ckpt).parts[0] in ("out", "..", "/"):
-        parser.error(f"--ckpt {args.ckpt}: no such directory; run the script that writes it first")
-    if args.tiny and not args.base:
-        parser.error(f"--tiny: {args.ckpt} is not the miniature's; give --base, the model it was made from")
-    if args.base and args.base[0] in "./~" and not os.path.isdir(args.base):
-        parser.error(f"--base {args.base:.200}: no such directory (unless given, args.json's); give it")
-    args.base = args.base or args.ckpt
-    if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lora < 0:
-        parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2, --lora at 0")
-    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.clip < math.inf):
-        parser.error("0 < --lr; --weight-decay and --clip start at 0")
-    if not (0 <= args.retain_mix <= 1 and 0 <= args.shots <= 5):
-        parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5")
-    if (args.only or args.keep_weights or args.shard != "1/1") and not args.sweep:
-        parser.error("--only, --shard and --keep-weights go with --sweep")
-    if not (0 <= args.seed < 2**63 and 0 <= args.save_every < math.inf and args.micro_batch >= 0):
-        parser.error("--seed goes from 0 to 2**63 - 1, --save-every and --micro-batch start at 0")
-    if args.about and not args.questions:
-        parser.error("--about goes with --questions")
-    if 0 < args.retain_mix < 1 and not 0 < round(args.batch * args.retain_mix) < args.batch:
-        parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
-    part, _, parts = args.shard.partition("/")
-    if not (re.fullmatch(r"\d{1,9}/\d{1,9}", args.shard) and 1 <= int(part) <= int(parts)):
-        parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
+    args.out, args.base = args.out or str(folder / ("sweep" if args.sweep else "recovered")), args.base or args.ckpt
+    if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lr <= 0:
+        parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
+    if not (0 <= args.retain_mix <= 1 and 0 <= args.shots <= 5 and re.fullmatch(r"\d+/\d+", args.shard)):
+        parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
     return args
@@ -196,23 +165,30 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, until there is something to save
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from transformers.pytorch_utils import Conv1D
 
 from common import (
-    PLAIN, SGD, AdamW, HostCopy, Run, all_steps, as_bool, check_finite, check_model, decoder_layers, differs,
-    fail, generator, launched, load_model, local, next_token_loss, no_log, own_rows, read_log, read_table,
-    reading, say, sum_gradients, texts_of, whole, write_json,
+    LABELS, HostCopy, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail, generator,
+    like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, LIMIT, SIDES, accuracies, best_step, damaged, kept_scores, load_mmlu, paper_scores, plan,
-    protocol, read_answers, read_facts, read_json, right_answers, score_mmlu, scores_dir, show_scores,
-    show_sweep, write_card, write_scores,
+    FORGET, SIDES, accuracies, damaged, load_mmlu, paper_scores, plan, read_scores, read_states, right_answers,
+    score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
 )  # fmt: skip
+
+
+class NotApplicable(Exception):
+    """An attacker that would do nothing, or only in part, to this model or with these data."""
+
+
+def matrices(model):
+    """Every weight matrix of the decoder layers, fused experts included."""
+    return [p for p in decoder_layers(model).parameters() if p.ndim > 1]
 
 
 class LoRA(torch.nn.Module):
@@ -221,7 +197,8 @@ class LoRA(torch.nn.Module):
     def __init__(self, linear, rank, *key):
         super().__init__()
         self.linear, draw = linear, generator(linear.weight.device, *key)
-        out, into = linear.weight.shape
+        self.transposed = isinstance(linear, Conv1D)  # GPT-2's
+        out, into = linear.weight.shape[:: -1 if self.transposed else 1]
         new = partial(torch.zeros, device=linear.weight.device, dtype=torch.float32)
         self.A = torch.nn.Parameter(new(rank, into).normal_(0, into**-0.5, generator=draw))
         self.B = torch.nn.Parameter(new(out, rank))
@@ -229,31 +206,34 @@ class LoRA(torch.nn.Module):
     def forward(self, x):
         return self.linear(x) + 2 * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
+    @torch.no_grad()
+    def merged(self):
+        W, low = self.linear.weight, 2 * self.B @ self.A
+        local(W).copy_(local(W).float() + local(like(low.T if self.transposed else low, W)))
+        return self.linear
+
 
 @contextmanager
 def adapters(model, rank, seed):
-    """Inside, every linear layer of the decoder layers has a LoRA, and only these train; then they are merged
-    into the weights. rank 0: the model stays as it is."""
-    frozen, added = [*model.parameters()] if rank else [], []
-    for p in frozen:
-        p.requires_grad_(False)
-    for l, layer in enumerate(decoder_layers(model) if rank else ()):
-        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
-            parent = layer.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], lora := LoRA(linear, rank, seed, "lora", l, name))
-            added.append((parent, name.rpartition(".")[2], lora))
-    if rank and not added:
-        fail(f"--lora {rank}: the decoder layers of {type(model).__name__} have no nn.Linear; use --lora 0")
+    """Inside, every matrix of the decoder layers has a LoRA, and only these train; then they are merged into the
+    weights. rank 0: the model stays as it is."""
+    model.requires_grad_(not rank)
+    linear = [
+        (l, layer, name, module)
+        for l, layer in enumerate(decoder_layers(model) if rank else ())
+        for name, module in layer.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    if rank and len(linear) < (n := len(matrices(model))):
+        raise NotApplicable(f"LoRA knows {len(linear)} of the {n} matrices of {type(model).__name__}")
+    for l, layer, name, module in linear:
+        layer.set_submodule(name, LoRA(module, rank, seed, "lora", l, name))
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parent, name, lora in added:
-                W, B = local(lora.linear.weight), own_rows(lora.B, lora.linear.weight)
-                W.copy_((W.float() + 2 * B @ lora.A).to(W.dtype))
-                setattr(parent, name, lora.linear)
-        for p in frozen:
-            p.requires_grad_(True)
+        for _, layer, name, _ in linear:
+            layer.set_submodule(name, layer.get_submodule(name).merged())
+        model.requires_grad_(True)
 
 
 def rate(i, steps, lr, schedule):
@@ -274,67 +254,65 @@ def finetune(
     optimizer      "adamw", or "sgd" with momentum 0.9; decay: of the weights, decoupled
     clip           largest norm of the gradient; 0: any
     mix            weight of the retain texts' loss, 0 to 1, against 1 - mix of the texts'
-    seed, log      of the rounding; called after every step as log(i, steps, loss=)
-    steps_left     yields the steps to do, from 1, see Run.steps_left
-    Raises FloatingPointError if a loss is NaN or infinite, with the weights as they were before the step.
+    log, steps_left  called as log(i, steps, loss=); yields the steps to do, see common.Run
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = AdamW(params, decay=decay) if optimizer == "adamw" else SGD(params, momentum=0.9, decay=decay)
+    opt = Optimizer(params, optimizer, betas=(0.9, 0.999), decay=decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
     model.train()
     for i in steps_left(steps, *opt.moments):
-        losses = []
-        for batches, weight in parts:
-            loss = next_token_loss(model, *batches[i - 1])
-            check_finite(i, loss)
-            (weight * loss).backward()
-            losses.append(weight * loss.detach())
+        loss = sum(w * backward(model, next_token_loss, *x[i - 1], factor=w) for x, w in parts)
+        check_finite(i, loss)
         sum_gradients(params)
         if clip:
             torch.nn.utils.clip_grad_norm_(params, clip)
         opt.step(i, rate(i, steps, lr, schedule), seed, "finetune", i)  # θ' ← AdamW(θ', ∇L(θ'; texts))
-        log(i, steps, loss=sum(losses))
+        log(i, steps, loss=loss)
 
 
 @torch.no_grad()
 def round_weights(model, bits):
     """Every matrix of the decoder layers, rounded to `bits` bits a weight with one scale per row."""
-    for W in [local(m.weight) for m in decoder_layers(model).modules() if isinstance(m, torch.nn.Linear)]:
-        scale = W.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+    for W in map(local, matrices(model)):
+        scale = W.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
         W.copy_(((W.float() / scale).round() * scale).to(W.dtype))
 
 
 @torch.no_grad()
 def prune(model, share):
     """Sets that share of every matrix of the decoder layers to 0, the smallest weights."""
-    for W in [m.weight for m in decoder_layers(model).modules() if isinstance(m, torch.nn.Linear)]:
+    for W in matrices(model):
         least = whole(W).float().abs().flatten().kthvalue(max(int(share * W.numel()), 1)).values
         local(W).masked_fill_(local(W).float().abs() <= least, 0)
 
 
-def pair(question, answer):
-    """Both, or "" if one is blank."""
-    return "\n\n".join((question, answer)) if question.strip() and answer.strip() else ""
-
-
 FORMS = {  # of the texts to train on: a column that tells the form, and how a row becomes a text
-    "message_1": lambda row: pair(row["message_1"], row["message_2"]),
+    "message_1": lambda row: "\n\n".join((row["message_1"], row["message_2"])),
     "messages": lambda row: "\n\n".join(m["content"] for m in row["messages"]),
-    "instruction": lambda row: "\n\n".join(
-        row[k] for k in ("instruction", "input", "output") if row.get(k) not in (None, "")
-    ),
-    **PLAIN,
-    "txt_chunk": lambda row: {True: row["txt_chunk"], False: False}[as_bool(row.get("label", True))],
+    "instruction": lambda row: "\n\n".join(row[k] for k in ("instruction", "input", "output") if row.get(k)),
+    "txt_chunk": lambda row: row["txt_chunk"] if LABELS[str(row.get("label", True)).lower()] else None,
+    "text": lambda row: row["text"],
 }
 
 
-def load_rows(source):
-    """Rows to make texts of, [dict]: camel-ai/biology on the hub (a flat zip of one-object JSON files), or
-    what read_table takes."""
-    if source == "camel-ai/biology" and not Path(source).exists():
-        with reading(source, "--recovery"):
-            source = huggingface_hub.hf_hub_download(source, "biology.zip", repo_type="dataset")
-    return read_table(source, "--recovery")
+def load_texts(source, column=None):
+    """[str] to train on, from column `column`, or from the first of FORMS that is there. camel-ai/biology on
+    the hub is a flat zip of one-object JSON files."""
+    if source == "camel-ai/biology" and not os.path.exists(source):
+        source = hf_hub_download(source, "biology.zip", repo_type="dataset")
+    if source.endswith(".zip") and os.path.isfile(source):
+        with zipfile.ZipFile(source) as z:
+            rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
+    else:
+        rows = [*read_table(source, "--recovery", [column] if column else ())]
+    kind = column or next((k for k in FORMS if rows and k in rows[0]), None)
+    if not kind:
+        fail(
+            f"--recovery {source}: no column {' or '.join(FORMS)}; it has {', '.join(rows[0]) if rows else '-'}"
+        )
+    texts = [row[kind] if column else FORMS[kind](row) for row in rows]
+    say(f"{len(texts):,} texts from {source}, column {kind}")
+    return [cleaned(x, f"--recovery {source}: row {i}") for i, x in enumerate(texts) if x is not None]
 
 
 def many_shots(texts, tokenizer, plans, context, most=2048):
@@ -347,160 +325,75 @@ def many_shots(texts, tokenizer, plans, context, most=2048):
         if len(tokenizer(longer).input_ids) > min(most, context - longest):
             break
         preface, n = longer, n + 1
+    if not n:
+        raise NotApplicable("no text fits before the prompts")
     return preface, n
 
 
-def score_untouched(name, mmlu, form, load):
-    """Summary and answers on MMLU of a model that this run does not change; kept in its directory, so that
-    they are measured once.
-
-    load  () -> (model, tokenizer), called if it has not been measured
-    """
-    kept = kept_scores(name, protocol(mmlu, form), form)
-    if kept and kept.with_suffix(".jsonl").exists():
-        return read_json(kept), read_answers(kept)
-    found = score_mmlu(*load(), mmlu, form)
-    write_scores(scores_dir(name), *found, part=not mmlu.usual)
-    return found
-
-
-def show_row(name, row):
-    """The row of Table 1, percent ± standard error, under its header."""
-    cells = [f"{row[k]:.1f} ± {row[k + '_se']:.1f}" for k in row if k + "_se" in row]
-    heads = ["Forget", "Retain", "Score_U", "Forget", "Retain", "Score_R", "Composite"]
-    first, width = max(len(name) + 2, 12), max(map(len, cells)) + 2
-    print(f"\n{'':{first}}{'Unlearning':<{3 * width}}Recovery")
-    for label, line in (("", heads), (name, cells)):
-        print(f"{label:{first}}" + "".join(f"{cell:<{width}}" for cell in line).rstrip())
-
-
-class Victim:
-    """The checkpoint under attack, loaded once for all attackers, with what they train on and are scored on.
-
-    exam     the questions, see load_mmlu; plans: their prompts, tokenised, see score_mmlu
-    weights  of a sweep: θ in host memory; `reset` undoes an attack
-    """
-
-    def __init__(self, args, run):
-        self.args, self.run, self.model = args, run, run.load(args.ckpt, flag="--ckpt")
-        self.tokenizer, self.plans, self.weights, self.exam, self.rows = run.tokenizer, {}, None, None, None
-        if not args.dry_run and args.base != args.ckpt:
-            check_model(args.base, "--base")
-        if args.base == args.ckpt:
-            print(f"{args.ckpt} is taken as an untouched base; an unlearned model needs --base, its parent")
-        if not args.dry_run:
-            own = dict(shots=args.shots, questions=args.questions, about=args.about)
-            self.exam = load_mmlu(args.mmlu, forget=args.forget_subjects or FORGET, **own)
-
-    def texts(self, column):
-        """Texts of --recovery to train on, read once."""
-        if self.rows is None and not self.args.dry_run:
-            self.rows = load_rows(self.args.recovery)
-        return self.rows and texts_of(self.rows, self.args.recovery, "--recovery", column, FORMS)
-
-    def score(self, form, preface="", exam=None):
-        """(summary, answers) of the weights as they are now."""
-        exam = self.exam if exam is None else exam
-        return score_mmlu(self.model, self.tokenizer, exam, form, plans=self.plans, preface=preface)
-
-    def before(self, form):
-        """(summary, answers) of the base and of the checkpoint before an attack."""
-        args, loaded = self.args, (self.model, self.tokenizer)
-        theta = score_untouched(args.ckpt, self.exam, form, lambda: loaded)
-        if args.base == args.ckpt:
-            return theta, theta
-        load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
-        return score_untouched(args.base, self.exam, form, load_base), theta
-
-    def keep(self):
-        """Copies θ to host memory, once."""
-        if not self.weights:
-            self.weights = HostCopy([*self.model.parameters()])
-            self.weights.save()
-            self.wait()
-
-    def reset(self):
-        """Brings θ back; a gradient that an attack left would be added to the next one's."""
-        for p in self.model.parameters():
-            p.grad = None
-        self.weights.load()
-        self.wait()
-
-    def wait(self):
-        for j in range(len(self.weights.rows)):
-            self.weights.wait(j)
-
-
-def probe(args, victim, form, theta):
+def probe(args, run, exam, form, theta):
     """An attack without training: (summary, answers) of rounded or pruned weights, or of other prompts."""
+    model, tokenizer = run.model, run.tokenizer
     if args.probe in ("8_bit", "4_bit"):
-        round_weights(victim.model, int(args.probe[0]))
+        round_weights(model, int(args.probe[0]))
     elif args.probe == "prune_30":
-        prune(victim.model, 0.3)
+        prune(model, 0.3)
     elif args.probe == "many_shot":  # before questions about F only, so what R loses is not counted
-        asked = victim.exam.part(victim.exam.forget)
-        plans = [plan(victim.tokenizer, asked.about.get(name, name), *asked[name], form) for name in asked]
-        context = getattr(victim.model.config.get_text_config(), "max_position_embeddings", 2048)
-        preface, n = many_shots(victim.texts(args.column), victim.tokenizer, plans, context)
-        print(f"{n} texts before each prompt" + ("" if n else ": none fits, so this attacker does nothing"))
-        summary, answers = victim.score(form, preface, asked)
+        asked = exam.part(exam.forget)
+        plans = [plan(tokenizer, asked.about.get(name, name), *asked[name], form) for name in asked]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", 2048)
+        preface, n = many_shots(load_texts(args.recovery, args.column), tokenizer, plans, context)
+        say(f"{n} texts before each prompt")
+        summary, answers = score_mmlu(model, tokenizer, asked, form, preface=preface)
         return summary | {"retain": theta["retain"]}, answers
-    return victim.score(form)
+    return score_mmlu(model, tokenizer, exam, form)
 
 
-def scored_before(out):
-    """{step: summary}, the accuracies in metrics.jsonl: also those from before the run was cut off."""
-    found = {}
-    for e in read_log(out):
-        with suppress(KeyError, TypeError):  # no accuracies
-            side = {side: {"acc": 0.0 + e[side], "se": 0.0 + e[f"{side}_se"]} for side in SIDES}
-            found |= {e["step"]: side} if e["phase"] == "accuracy" else {}
+def untouched(name, exam, form, load):
+    """(summary, answers) of a model that this run does not change; kept, so that they are measured once."""
+    if not (found := read_scores(name, exam, form)):
+        found = score_mmlu(*load(), exam, form)
+        write_scores(scores_dir(name), *found)
     return found
 
 
-def batch_sizes(args):
-    """Texts in a batch to train on and of the retain set."""
-    n_retain = round(args.batch * args.retain_mix)
-    return args.batch - n_retain, n_retain
+def attack(args, run, exam):
+    """One attacker on run.model, whose weights it leaves changed; writes args.out, returns Table 1's row."""
+    n_retain, model, form = round(args.batch * args.retain_mix), run.model, args.format
+    form = {"letter": "cloze", "cloze": "letter"}[form] if args.probe == "other_format" else form
+    pairs, retain, stopped, last = None, None, None, None
+    if not args.probe and n_retain < args.batch:
+        texts = None if args.dry_run else load_texts(args.recovery, args.column)
+        pairs = run.stream("recovery", args.batch - n_retain, texts)
+    if not args.probe and n_retain:
+        retain = run.stream("retain", n_retain)
 
-
-def attack(args, run, victim):
-    """One attacker on the victim, whose weights it leaves changed; writes args.out, returns Table 1's row."""
-    n_pairs, n_retain = batch_sizes(args)
-    form, states, stopped, pairs, retain = args.format, {}, None, None, None
-    if args.probe == "other_format":
-        form = {"letter": "cloze", "cloze": "letter"}[form]
-    elif not args.probe:
-        if n_pairs:
-            pairs = run.stream(victim.texts(args.column), n_pairs, "recovery")
-        if n_retain:
-            (retain,) = run.streams(retain=n_retain)
-
-    def show(label, i, summary, answers, **more):
-        states[i], right = (summary, answers), right_answers(answers, victim.exam)
+    def show(what, i, summary, answers, **more):
+        nonlocal last
+        last, right = summary, right_answers(answers, exam)
         run.write(phase="accuracy", step=i, **accuracies(summary), right=right, **more)
-        say(f"{label} | {show_scores(summary)}")
+        write_scores(args.out, summary, answers)
+        say(f"{what} | {show_scores(summary)}")
 
     def log(i, steps, loss):
         run.log(i, steps, loss=loss)
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
-            show(f"step {i}/{steps}", i, *victim.score(form))
+            show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form, plans=PLANS))
 
-    keeps = args.keep_weights or not args.sweep
-    with run.training(tokens=0 if args.probe else args.batch * args.tokens, checkpoints=int(keeps)):
-        if args.sweep:
-            victim.keep()
+    with run.training(tokens=0 if args.probe else args.batch * args.tokens):
         if not args.dry_run:
-            (init, _), theta = victim.before(form)
-            print(f"base   | {show_scores(init)}")
-            show("before", 0, *theta, base=init["forget"]["acc"], base_se=init["forget"]["se"])
-            if args.probe:
-                show(args.probe, 1, *probe(args, victim, form, theta[0]))
-        if not args.probe:
-            with adapters(victim.model, args.lora, args.seed):
+            theta, answers = untouched(args.ckpt, exam, form, lambda: (model, run.tokenizer))
+            load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
+            init, _ = untouched(args.base, exam, form, load_base)  # of an untouched --ckpt: that very file
+            say(f"base   | {show_scores(init)}")
+            if not run.saved:
+                show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])
+        if args.probe:
+            show(args.probe, 1, *probe(args, run, exam, form, theta))
+        else:
+            with adapters(model, args.lora, args.seed):
                 try:
                     finetune(
-                        victim.model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
+                        model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
                         optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
                         mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
                     )  # fmt: skip
@@ -508,78 +401,88 @@ def attack(args, run, victim):
                     if not args.sweep:
                         raise
                     stopped = str(error)
-                    print(f"{stopped}: this attacker ends here")
-
-    summaries = scored_before(args.out) | {i: summary for i, (summary, _) in states.items()}
-    last, best = max(states), best_step(theta[0], summaries)
-    write_scores(args.out, *states[last])
-    row = paper_scores(init, theta[0], summaries[last]) | {"damaged": damaged(theta[0], summaries[last])}
-    row |= {"best_step": best, "best_forget": 100 * summaries[best]["forget"]["acc"], "stopped": stopped}
-    try:
-        write_json(Path(args.out) / "scores.json", row)
-    except OSError as error:
-        fail(f"--out {args.out}: cannot be written ({error}); make room and run the same command again")
+    states = read_states(args.out)
+    last = last or {side: {"acc": states[-1][side], "se": states[-1][side + "_se"]} for side in SIDES}
+    best = max([s for s in states if not damaged(states[0], s)], key=lambda s: s["forget"])
+    row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1]), "stopped": stopped}
+    row |= {"best_step": best["step"], "best_forget": 100 * best["forget"]}
+    write_json(Path(args.out) / "scores.json", row)
     return row
 
 
+PLANS = {}  # tokenised prompts
+
+
 def sweep(args, argv):
-    """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case."""
+    """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case. One that
+    fails, or is not applicable, is not counted as an attacker that the model withstood."""
     part, parts = map(int, args.shard.split("/"))
     chosen = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
     out = {name: Path(args.out) / name for name in SWEEP}
-    attackers = {x: parse_args([*argv, *flags.split(), "--out", out[x]]) for x, flags in SWEEP.items()}
-    for name in [name for name in SWEEP if (out[name] / "args.json").exists()]:
-        known = read_facts(out[name]) or fail(f"{out[name]}: delete this attack, to run it again")
-        if other := differs(out[name], known["arguments"], attackers[name]):
-            fail(f"{out[name]} was run with another --{other.replace('_', '-')}; choose another --out")
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
-    print(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before", flush=True)
-    victim, start = None, time.time()
-    cost = {name: 20 if attackers[name].probe else attackers[name].steps for name in todo}  # rough
+    say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
+    first, failed = None, {}
     for n, name in enumerate(todo):
-        spent, left = sum(cost[x] for x in todo[:n]), sum(cost[x] for x in todo[n:])
-        eta = f" | eta {(time.time() - start) / spent * left / 60:.0f} min" if n else ""
-        print(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'}){eta}", flush=True)
-        a = attackers[name]
-        if any(size % launched()[1] for size in batch_sizes(a)):
-            print(f"left out: {' + '.join(map(str, batch_sizes(a)))} texts do not divide over the processes")
-            continue
+        say(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'})")
+        a = parse_args([*argv, *SWEEP[name].split(), "--out", out[name]])
         run = Run(a)
-        if not victim:
-            victim = Victim(a, run)
-            if any(attackers[x].retain_mix < 1 and attackers[x].probe in (None, "many_shot") for x in todo):
-                victim.texts(args.column)  # what cannot be read is told now, not hours later
-            if any(attackers[x].retain_mix for x in todo):
-                run.streams(retain=run.ranks)
-        run.take(victim.run)
-        if name == "answers" and "message_2" not in victim.rows[0]:
-            print(f"left out: --recovery {args.recovery} has no pairs")
-            continue
-        row = attack(a, run, victim)
-        facts = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name, stopped=row["stopped"])
-        run.save(weights=args.keep_weights, **facts)
-        victim.reset()
-    print("\n" + show_sweep(args.out, SWEEP))
-    write_card(args.ckpt)
+        if first:  # the model is loaded once
+            run.__dict__ |= {
+                k: getattr(first, k) for k in ("name", "base", "model", "tokenizer", "gpu", "size", "chunks")
+            }
+        else:
+            first, exam = run, load_exam(a)
+            run.load(a.ckpt, "--ckpt")
+            theta = HostCopy([*run.model.parameters()])
+            theta.save()
+        try:
+            row = attack(a, run, exam)
+            facts = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name, stopped=row["stopped"])
+            run.save(weights=args.keep_weights, **facts)
+        except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
+            if getattr(error, "code", 2) != 2:  # a signal
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+            say(f"{name}: {failed[name]}")
+        theta.load()
+        theta.wait()
+        run.model.zero_grad()  # what an attack left would be added to the next one's
+    found = {x: read_states(out[x]) for x in SWEEP if (out[x] / "args.json").exists()}
+    say(
+        "\n"
+        + show_sweep(found)
+        + "".join(f"\n    not counted: {name}: {why}" for name, why in failed.items())
+    )
+
+
+def show_row(name, row):
+    """The row of Table 1, percent ± standard error, under its header."""
+    cells = [f"{row[k]:.1f} ± {row[k + '_se']:.1f}" for k in row if k + "_se" in row]
+    heads = ["Forget", "Retain", "Score_U", "Forget", "Retain", "Score_R", "Composite"]
+    first, width = max(len(name) + 2, 12), max(map(len, cells)) + 2
+    say(f"\n{'':{first}}{'Unlearning':<{3 * width}}Recovery")
+    for label, line in (("", heads), (name, cells)):
+        say(f"{label:{first}}" + "".join(f"{cell:<{width}}" for cell in line).rstrip())
+
+
+def load_exam(args):
+    more = dict(shots=args.shots, questions=args.questions, about=args.about)
+    return load_mmlu(args.mmlu, forget=args.forget_subjects or FORGET, **more)
 
 
 def main(args, argv=None):
     if args.sweep and not args.dry_run:  # a dry run is of the attacker with the defaults: none needs more
         return sweep(args, sys.argv[1:] if argv is None else argv)
     run = Run(args)
-    row = attack(args, run, Victim(args, run))
+    run.load(args.ckpt, "--ckpt")
+    row = attack(args, run, None if args.dry_run else load_exam(args))
     run.save(base=args.base, data=args.recovery, mmlu=args.mmlu)
-    write_card(args.ckpt)
     show_row(Path(args.ckpt).name, row)
     if row["best_step"]:
-        print(f"\nbest on the way: forget {row['best_forget']:.1f} at step {row['best_step']}")
+        say(f"\nbest on the way: forget {row['best_forget']:.1f} at step {row['best_step']}")
     if row["damaged"]:
-        print(
-            f"DAMAGED: it cost over {100 * LIMIT:.0f} points of retain; low forget accuracy is no robustness"
-        )
-    root = Path(args.out).parent
-    root = root.parent if root.resolve() == scores_dir(args.ckpt).resolve() else root
-    print(f"\nnext: python evaluate_mmlu.py --table {root} --format {args.format}")
+        say("DAMAGED: it cost over 10 points of retain; low forget accuracy is no robustness")
+    say(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parent} --format {args.format}")
 
 
 if __name__ == "__main__":
