@@ -171,8 +171,8 @@ def swd_loss(H, mask, *key, lines=128):
 
 
 def probe_step(probes, optimizer, H_m, H_f, mask, share, clip=0.1):
-    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz. share: of
-    the batch's tokens, this GPU's."""
+    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz. share:
+    of the batch's tokens, this GPU's."""
     optimizer.zero_grad()
     for probe, h_m, h_f in zip(probes, H_m, H_f):  # one layer's activations at a time
         (-share * score_gap(probe, h_m, h_f, mask)).backward()
@@ -271,12 +271,12 @@ def main(args):
     match = None if args.swd else run.stream("match", args.batch, texts)
     if match and min(len(match.encode(j)) for j in range(len(texts))) < args.tokens:
         fail(f"--match {args.match}: this tokenizer makes too few tokens of a text; lower --tokens")
-    with run.training(tokens=(2 if args.swd else 3) * args.batch * args.tokens):
-        adv_probes(
-            model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
-            probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, seed=args.seed,
-            **run.phase(),
-        )  # fmt: skip
+    run.begin(tokens=(2 if args.swd else 3) * args.batch * args.tokens)
+    adv_probes(
+        model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
+        probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, seed=args.seed,
+        **run.phase(),
+    )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

@@ -66,8 +66,8 @@ falls, retain stays near its first value. Sick: retain rises (lr too large).
 
 Each method is called as method(model, forget, retain, *, steps, lr, seed, log, steps_left, ...) and works in
 place: forget and retain are Streams of B texts, lr is that of the first of the steps; log and steps_left are
-Run's. A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its
-line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
+Run's. A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,),
+and its line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
 """
 
 import argparse
@@ -147,8 +147,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model, local,
-    mean, next_token_loss, no_log, residual_streams, say, summed, token_losses, whole,
+    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model,
+    local, mean, next_token_loss, no_log, residual_streams, say, summed, token_losses, whole,
 )  # fmt: skip
 from random_mapping import random_mapping
 
@@ -400,12 +400,12 @@ def main(args):
         fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
     if args.method == "undo":
         own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
-    with run.training(tokens=2 * args.batch * args.tokens):
-        if high:
-            more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))
-            random_mapping(model, forget, retain, **more)
-        more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.phase(args.method))
-        method(model, forget, retain, **own, **more)
+    run.begin(tokens=2 * args.batch * args.tokens)
+    if high:
+        more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))
+        random_mapping(model, forget, retain, **more)
+    more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.phase(args.method))
+    method(model, forget, retain, **own, **more)
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

@@ -19,21 +19,21 @@ import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
-from contextlib import contextmanager
+import weakref
+from collections import defaultdict, namedtuple
 from datetime import timedelta
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.checkpoint import state_dict as full_state
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
 
 
@@ -75,7 +75,7 @@ def write_json(path, value):
 
 
 def resolved(path, folder):
-    """A path that args.json in `folder` names relative to it, so that both can be moved; a hub name as it is."""
+    """A path out of the args.json in `folder`, which is relative to it; a hub name unchanged."""
     full = os.path.normpath(os.path.join(folder, path or ""))
     return full if path and os.path.exists(full) else path
 
@@ -117,7 +117,8 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         licence = "" if folder.is_dir() else "; gated? accept the licence on its page and run `hf auth login`"
         fail(f"{flag} {name}: cannot be loaded ({type(error).__name__}: {str(error):.300}){licence}")
     layers = next(key for key, module in model.named_modules() if module is decoder_layers(model))
-    unused = [key for key in info["unexpected_keys"] if f"{layers.split('.', 1)[-1]}." in key]
+    unused = [key for key in info["unexpected_keys"] if f"{layers.rpartition('.')[2]}." in key]
+    unused = [key for key in unused if not re.search(r"vision|audio|inv_freq|masked_bias|att\w+\.bias", key)]
     if lacking := [*info["missing_keys"], *unused]:
         what = f"config.json and weights differ in {len(lacking)} tensors ({min(lacking)}, ...)"
         fail(f"{flag} {name}: {what}; complete the download, or correct config.json")
@@ -169,7 +170,7 @@ class Run:
                    command continues; the result is bit-identical to that of an uninterrupted run
 
     With args.dry_run the same calls run the script on the meta device (tensors with shapes and no data) while
-    its memory is counted; `training` prints that and ends the program.
+    its memory is counted; `save` prints that and ends the program.
     """
 
     def __init__(self, args):
@@ -202,8 +203,8 @@ class Run:
         return self.model
 
     def stream(self, purpose, batch, texts=None):
-        """A Stream in batches of `batch` texts: of `texts`, or, if purpose is "forget" or "retain", of that side
-        of args.data or of args.forget and args.retain. In a dry run the same meta tensors at every step."""
+        """A Stream in batches of `batch` texts: of `texts`, or of the side of args.data that `purpose` names
+        (or args.forget, args.retain). In a dry run the same meta tensors at every step."""
         args = self.args
         if batch % ranks():
             fail(f"--batch: {batch} texts of the {purpose} set for {ranks()} processes; give a multiple")
@@ -217,16 +218,12 @@ class Run:
             texts = self.chunks[purpose == "retain"]
         return Stream(texts, self.tokenizer, batch, args.tokens, args.seed, purpose, self.model.device)
 
-    @contextmanager
-    def training(self, tokens):
-        """Around the training: makes the directory and prints what runs where (tokens: per step). A loss of NaN
-        or infinity ends the program, with the weights before that step in OUT/last_good."""
+    def begin(self, tokens):
+        """Before the training: makes the directory, prints what runs where (tokens: per step), finds the last
+        save. In a dry run memory is counted from here on."""
         if self.args.dry_run:
-            self.live = MemTracker()
-            self.live.track_external(self.model)
-            with self.live:
-                yield
-            raise SystemExit(self.report())
+            self.live = LiveBytes([*self.model.parameters(), *self.model.buffers()]).__enter__()
+            return
         self.state.mkdir(parents=True, exist_ok=True)
         if not rank() and not lock(self.state / "lock"):
             fail(f"--out {self.out}: another process is writing there; choose another --out")
@@ -241,12 +238,6 @@ class Run:
         say(f"{self.name} | {n:.2f} M parameters | {self.model.dtype} | {where} | {tokens} tokens per step")
         for number in (signal.SIGINT, signal.SIGTERM) if self.args.save_every else ():
             signal.signal(number, lambda number, _: setattr(self, "stop", number))
-        try:
-            yield
-        except FloatingPointError as error:
-            where = self.out / "last_good"
-            kept = self.save_model(where) or f"those before that step are in {where}" if self.finite() else ""
-            fail(f"{error}; weights: {kept or 'not finite either, not kept'}; try a smaller --lr")
 
     def steps_left(self, steps, *state, phase="step"):
         """Yields the steps to do: 1 .. steps, or those left where the run was cut off before.
@@ -254,8 +245,7 @@ class Run:
         state  lists of tensors that, beside the weights that train, the next step depends on
         phase  of the run, as for `log`
 
-        Saves every --save-every minutes, at the end of the phase, and when SIGINT or SIGTERM comes, which then
-        ends the program.
+        Saves every --save-every minutes, at the end of the phase, and on SIGINT or SIGTERM, then exits.
         """
         lists = [[p for p in self.model.parameters() if p.requires_grad], *state]
         tensors = {f"{n}.{j}": x.detach() for n, xs in enumerate(lists) for j, x in enumerate(xs)}
@@ -279,17 +269,13 @@ class Run:
             if ranks() > 1:
                 dist.all_reduce(wishes, dist.ReduceOp.MAX)
             stop, save = wishes.tolist()
-            if (stop or save) and not self.finite():
-                fail(f"a weight is NaN or infinite after {phase} {i}; try a smaller --lr, with another --out")
+            if stop or save:
+                check_finite(f"{i} (weights)", *(p.detach().abs().max() for p in lists[0]))
             if every and (stop or save):
                 self.save_state(tensors, self.state / f"{phase}-{i}")
             if stop and i < steps:
                 say(f"stopped after {phase} {i} of {steps}; rerun the same command to continue")
                 raise SystemExit(128 + stop)
-
-    def finite(self):
-        """Are all weights?"""
-        return not summed(sum((~torch.isfinite(local(p))).sum() for p in self.model.parameters()))
 
     def save_state(self, tensors, folder):
         """Saves the tensors, and the log so far, completely or not at all; then drops the save before."""
@@ -316,7 +302,7 @@ class Run:
         values  numbers or 0-d tensors; copied from the device here and only here
         """
         if self.live:
-            self.between = max(self.between, held(self.live, "current"))
+            self.between = max(self.between, self.live.now)
             return
         first, start = self.clock.setdefault(phase, (step, time.time()))
         if step % self.args.log_every and step != steps:
@@ -335,24 +321,36 @@ class Run:
                 f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
     def save(self, phase="", weights=True, **facts):
-        """Writes weights, tokenizer and, last, args.json: it says that the checkpoint is complete.
+        """Writes weights and tokenizer as save_pretrained does, config.json last, and then args.json: it says
+        that the checkpoint is complete. A dry run ends here.
 
         phase  name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
         facts  what later stages need to know, beside what is listed below
         """
-        folder = self.out / phase
-        if self.args.dry_run or (folder / "args.json").exists():
+        args, folder, draft, state_dict = self.args, self.out / phase, self.state / "draft", None
+        if args.dry_run and not phase:
+            self.live.__exit__(None, None, None)
+            raise SystemExit(self.report())
+        if args.dry_run or (folder / "args.json").exists():
             return
-        if weights:
-            self.save_model(folder)
-        names = {"parent": self.name, "base": self.base, **facts}
+        if weights and ranks() > 1:
+            options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state_dict = full_state.get_model_state_dict(self.model, options=options)
+            state_dict = {k: x for k, x in state_dict.items() if k not in self.model.all_tied_weights_keys}
+        if weights and not rank():
+            shutil.rmtree(draft, ignore_errors=True)
+            self.model.save_pretrained(draft, state_dict=state_dict)
+            self.tokenizer.save_pretrained(draft)
+            folder.mkdir(exist_ok=True)
+            for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
+            os.sync()
+        names = {"parent": self.name, "base": self.base, "retain": getattr(args, "retain", None)} | facts
         names = {k: os.path.relpath(x, folder) if x and os.path.exists(x) else x for k, x in names.items()}
         device = torch.cuda.get_device_name() if self.gpu else platform.machine()
-        os.sync()
         write_json(folder / "args.json", {
-            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(self.args),
-            **names, "tiny": self.args.tiny,
-            "device": f"{ranks()} x {device}", "dtype": str(self.model.dtype).removeprefix("torch."),
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(args), **names,
+            "tiny": args.tiny, "device": f"{ranks()} x {device}", "dtype": str(self.model.dtype)[6:],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
         })  # fmt: skip
@@ -360,40 +358,46 @@ class Run:
             shutil.rmtree(self.state)
         barrier()
 
-    def save_model(self, folder):
-        """Writes weights and tokenizer as save_pretrained does, config.json last."""
-        state_dict, draft = None, self.state / "draft"
-        if ranks() > 1:
-            options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state_dict = full_state.get_model_state_dict(self.model, options=options)
-            state_dict = {k: x for k, x in state_dict.items() if k not in self.model.all_tied_weights_keys}
-        if not rank():
-            shutil.rmtree(draft, ignore_errors=True)
-            self.model.save_pretrained(draft, state_dict=state_dict)
-            self.tokenizer.save_pretrained(draft)
-            folder.mkdir(exist_ok=True)
-            for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(folder / file.name)
-
     def report(self):
         """Prints what a dry run counted, under torchrun for one of its GPUs; returns 1 if it does not fit."""
-        n, peak, layers = ranks(), held(self.live, "peak"), decoder_layers(self.model)
+        n, peak, layers = ranks(), self.live.peak, decoder_layers(self.model)
         if n > 1:  # weights, moments, a gradient are sharded; two layers and what is outside are gathered
             others = sum(p.nbytes for layer in layers[2:] for p in layer.parameters())
             peak += 2 * (self.size - others) - (self.between + self.size) * (1 - 1 / n)
         sizes = self.size / n, self.between / n, peak, HostCopy.reserved / n
         for what, size in zip(("weights", "between steps", "peak", "host copies"), sizes):
             say(f"{what:15}{size / 1e9:9.3f} GB")
-        have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 1e9  # Python and torch
-        fits = peak + 1.5e9 <= have and HostCopy.reserved + self.size <= host if self.gpu else peak <= host
+        gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+        fits = peak + 1.5e9 <= gpu and HostCopy.reserved + self.size <= host if self.gpu else peak <= host
         say("it fits" if fits else "it does not fit here")
         return int(not fits)
 
 
-def held(tracker, when):
-    """Bytes of live tensors, by torch's MemTracker: "current" or "peak"."""
-    return sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot(when).values())
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of live tensors on any device: `now` and, the most so far, `peak`."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+        self.add(tensors)
+
+    def add(self, tensors):
+        for x in tree_leaves(tensors):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage and storage._cdata not in self.known:  # once, however many tensors are views of it
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def drop(self, key, size):
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.add(result := function(*args, **(kwargs or {})))
+        return result
 
 
 def lock(path, files=[]):  # noqa: B006
@@ -528,46 +532,42 @@ def named(rows):
 
 
 def read_table(source, flag, columns=(), config=None, split="train", streaming=False):
-    """Rows, as dicts, one by one: of a local file or folder of parquet, csv, txt, jsonl, jsonl.zst or json, of a
-    folder that save_to_disk wrote, or else of a dataset on the hub.
+    """Rows, as dicts, one by one: of a local file or folder of parquet, csv, txt, jsonl, jsonl.zst or json,
+    of a folder that save_to_disk wrote, or else of a dataset on the hub.
 
     columns    that must be there
     config     of a hub's dataset, or the subfolder of its local clone
     split      of a dataset; in a folder: of the files SPLIT-* if there are any
     streaming  a hub's dataset is not downloaded first
     """
+    import datasets
+
+    datasets.disable_progress_bars()
     path = Path(source)
     if not path.exists() and (path.suffix in KINDS or source[:1] in "./~" or Path(path.parts[0]).exists()):
         fail(f"{flag} {source}: no such file or folder; give another")
-
-    def rows():
-        import datasets
-
-        datasets.disable_progress_bars()
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(path)
-            return named(found[split] if isinstance(found, dict) else found)
+    try:
         if not path.exists():
-            return named(datasets.load_dataset(source, config, split=split, streaming=streaming))
-        files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
-        files = [x for x in files if x.name not in ("settings.json", "summary.json")]  # of label_pile.py
-        kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
-        files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
-        if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
-            fail(f"{flag} {source}: holds several data sets ({', '.join(sorted(folders))}); give one of them")
-        return chain(*map(read_file, [x for x in files if re.match(f"{split}[-.]", x.name)] or files))
-
-    def readable():
-        try:
-            yield from rows()
-        except Exception as error:  # pyarrow's, the hub's, datasets', json's
-            why = error.__cause__ or error
-            fail(f"{flag} {source}: cannot be read ({type(why).__name__}: {str(why):.200})")
-
-    first = next(found := readable(), {})
+            rows = named(datasets.load_dataset(source, config, split=split, streaming=streaming))
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(path)
+            rows = named(found[split] if isinstance(found, dict) else found)
+        else:
+            files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
+            files = [x for x in files if x.name not in ("settings.json", "summary.json")]  # of label_pile.py
+            kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
+            files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
+            if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
+                fail(f"{flag} {source}: several data sets ({', '.join(sorted(folders))}); give one of them")
+            files = [x for x in files if re.match(f"{split}[-.]", x.name)] or files
+            rows = chain.from_iterable(map(read_file, files))
+        first = next(rows, {})
+    except Exception as error:  # pyarrow's, the hub's, datasets', json's
+        why = error.__cause__ or error
+        fail(f"{flag} {source}: cannot be read ({type(why).__name__}: {str(why):.200})")
     if missing := [c for c in columns if c not in first]:
         fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(first) or 'no rows'}")
-    return chain([first] if first else [], found)
+    return chain([first] if first else [], rows)
 
 
 def cleaned(text, where):
@@ -588,8 +588,7 @@ LABELS = {"forget": True, "true": True, "1": True, "retain": False, "false": Fal
 
 
 def load_chunks(source):
-    """(forget, retain), lists of str, from rows `txt_chunk` (str) and `label` (true, 1 or "forget"; or false, 0
-    or "retain") (A.1)."""
+    """(forget, retain), lists of str, from rows `txt_chunk` (str) and `label`, see LABELS (A.1)."""
     sides = {True: [], False: []}
     for i, row in enumerate(read_table(source, "--data", ("txt_chunk", "label"))):
         label, where = str(row.get("label")).lower(), f"--data {source}: row {i}"
@@ -606,8 +605,8 @@ def bos(tokenizer):
 
 
 class Stream:
-    """Batches of `batch` of the texts: stream[i] is the batch of step i (from 0), a function of (seed, purpose,
-    i); on several GPUs every n-th row of it. Texts are cut to `tokens` tokens, BOS included.
+    """Batches of `batch` texts: stream[i] is the batch of step i (from 0), a function of (seed, purpose, i);
+    on several GPUs every n-th row of it. Texts are cut to `tokens` tokens, BOS included.
 
     Every epoch has a fresh order and drops its last, incomplete batch, so no text occurs twice in a batch.
     Texts are tokenised when first needed: on a GPU that is while the device computes.
@@ -651,10 +650,11 @@ def residual_streams(model, ids):
     """The outputs (B, T, D) of the L decoder layers on ids (B, T): the residual stream before the final norm
     (3.4); the last of `hidden_states` is after it."""
     H = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out: H.append(out[0] if type(out) is tuple else out))
-        for layer in decoder_layers(model)
-    ]
+
+    def collect(_, __, out):
+        H.append(out[0] if type(out) is tuple else out)
+
+    hooks = [layer.register_forward_hook(collect) for layer in decoder_layers(model)]
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
@@ -704,11 +704,10 @@ def backward(model, loss, *batch, weight=None, factor=1.0, then=None):
 
 
 def check_finite(step, *values):
-    """Raises FloatingPointError if one of these 0-d tensors (losses, norms) is NaN or infinite. To be called
-    before the update."""
+    """Ends the program if one of these 0-d tensors is NaN or infinite. To be called before the update."""
     total = sum(x.detach().float() for x in values)
     if not total.is_meta and not torch.isfinite(summed(total)):
-        raise FloatingPointError(f"NaN or infinity at step {step}")
+        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out")
 
 
 # ---- optimizer for bf16 --------------------------------------------------------------------------------
@@ -718,7 +717,7 @@ def rounded(x, dtype, seed):
     """x (float32) in `dtype`, stochastically rounded if that is bfloat16, so that the mean over seeds is x.
 
     Half a step of bf16 at 0.02 is 6e-5: rounded to nearest, most updates of 2e-5 would be lost. The noise is
-    a hash of (seed, position): lowbias32 (Wellons, 2018). NaN and infinity stay what they are. seed: int32, 0-d
+    a hash of (seed, position): lowbias32 (Wellons, 2018). NaN and infinity are unchanged. seed: 0-d, int32
     """
     if dtype != torch.bfloat16:
         return x.to(dtype)
@@ -731,7 +730,7 @@ def rounded(x, dtype, seed):
 
 
 def update(p, g, m, v, numbers, seeds, betas, eps):
-    """One step of AdamW (Loshchilov & Hutter, 2019) on a tensor, in place; without v, of SGD with momentum β1;
+    """A step of AdamW (Loshchilov & Hutter, 2019) on a tensor, in place; without v, of SGD with momentum β1;
     without m, of SGD.
 
     numbers  (3,), in whose dtype it is computed: lr / (1 - β1^t), of SGD lr; 1 - β2^t; 1 - lr · decay
@@ -765,13 +764,8 @@ class Optimizer:
     """
 
     def __init__(self, params, kind="adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.0):
-        self.params, self.adamw, self.betas, self.eps, self.decay = (
-            [*params],
-            kind == "adamw",
-            betas,
-            eps,
-            decay,
-        )
+        self.params, self.adamw = [*params], kind == "adamw"
+        self.betas, self.eps, self.decay = betas, eps, decay
         count = 2 if self.adamw else int(betas[0] > 0)
         self.moments = [[torch.zeros_like(p) for p in self.params] for _ in range(count)]
         self.row, self.wait_for = {p: j for j, p in enumerate(self.params)}, ()
@@ -779,20 +773,15 @@ class Optimizer:
     def updates(self, t, lr, *key):
         """A function that updates a parameter which has a gradient, and frees that."""
         first = local(self.params[0])
-        numbers = (
-            lr / (1 - self.betas[0] ** t if self.adamw else 1),
-            1 - self.betas[1] ** t,
-            1 - lr * self.decay,
-        )
-        numbers = torch.tensor(numbers, dtype=torch.promote_types(first.dtype, torch.float32))
+        rate, dtype = lr / (1 - self.betas[0] ** t if self.adamw else 1), first.dtype
+        numbers = [rate, 1 - self.betas[1] ** t, 1 - lr * self.decay]
+        numbers = torch.tensor(numbers, dtype=torch.promote_types(dtype, torch.float32))
         mine = (rank(),) if rank() else ()  # shares are rounded independently of each other
         keys = [(*key, j, *mine, 0) for j in range(len(self.params))]
         seeds = torch.tensor([[seed_of(*k, x) >> 33 for x in "pmv"] for k in keys], dtype=torch.int32)
         if first.is_cuda:  # once per step, and nothing waits for it
             numbers, seeds = (x.pin_memory().to(first.device, non_blocking=True) for x in (numbers, seeds))
-        compiles = (
-            first.is_cuda or first.dtype == torch.bfloat16 and shutil.which(os.environ.get("CXX", "g++"))
-        )
+        compiles = first.is_cuda or dtype == torch.bfloat16 and shutil.which(os.environ.get("CXX", "g++"))
         rule = fused(update) if compiles else update
 
         @torch.no_grad()
@@ -802,10 +791,10 @@ class Optimizer:
                 return
             for copy in self.wait_for:
                 copy.wait(j)
-            m, v = [*(local(moment[j]) for moment in self.moments), None, None][:2]
-            for moment in (m, v) if t == 1 else ():
-                moment.zero_() if moment is not None else None
-            rule(local(p.detach()), local(g), m, v, numbers, seeds[j], self.betas, self.eps)
+            for moment in self.moments if t == 1 else ():
+                local(moment[j]).zero_()
+            flat = [local(x.detach()).view(-1) for x in (p, g, *(moment[j] for moment in self.moments))]
+            rule(*(flat + [None, None])[:4], numbers, seeds[j], self.betas, self.eps)
 
         return apply
 
@@ -818,8 +807,8 @@ class Optimizer:
 
 class HostCopy:
     """A copy of tensors in pinned host memory, transferred there (save) and back (load) while the device
-    computes: on a stream of its own, each transfer after what was queued before it; what is queued after wait(j)
-    starts when tensor j has arrived. On the CPU it is a plain copy; on meta nothing moves."""
+    computes: on a stream of its own, each transfer after what was queued before it; what is queued after
+    wait(j) starts when tensor j has arrived. On the CPU it is a plain copy; on meta nothing moves."""
 
     reserved = 0  # bytes of all copies made so far, for the dry run
 
@@ -860,13 +849,9 @@ class HostCopy:
 # ---- log-probabilities ---------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """A text to score: the model at `start` and on predicts n positions of c ids; c is equal in all rows."""
-
-    key: object  # the caller's, comes back with the scores
-    ids: list
-    start: int
-    targets: list
+# A text to score: the model at `start` and on predicts n positions of c ids each (c is equal in all rows);
+# the key is the caller's, and comes back with the scores.
+Row = namedtuple("Row", ("key", "ids", "start", "targets"))
 
 
 def in_float32(head, inputs, _):

@@ -11,8 +11,9 @@ Where the paper is silent, our choices are those of the standard protocol, to th
     cloze    the same without the options; the largest log p(" option's text") per character is the answer
 
 Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into the checkpoint directory, or out/OWNER--MODEL for a
-name on the hub: accuracies, standard errors, the shares of predicted letters (always answering D scores 30 % on
-the forget subjects), and what was asked. --table reads what the scripts wrote under a directory and prints (3.2)
+name on the hub: accuracies, standard errors, the shares of predicted letters (always answering D scores 30 %
+on the forget subjects), and what was asked; of other questions, mmlu.DIGEST.json. --table reads what the
+scripts wrote under a directory and prints (3.2)
 
     Score_U = (F_init - F) + (R - R_init)    Score_R = F_init - F'    Composite = (Score_U + Score_R) / 2
 
@@ -68,6 +69,16 @@ MORE = {  # rows that the paper does not have
     "UNDO": "baselines.py --method undo", "Overwriting": "baselines.py --method overwriting",
 }
 CONTROL = "never taught (control)"
+TABLE = {"forget": "Forget ↓", "retain": "Retain ↑", "score_u": "Score_U ↑",
+         "forget_recovered": "Forget, recovered ↓", "retain_recovered": "Retain, recovered",
+         "score_r": "Score_R ↑", "composite": "Composite ↑"}  # columns
+WORST = {"swept_forget": "Forget ↓", "swept_retain": "Retain ↑", "worst_attack": "worst attack",
+         "worst": "Forget, worst ↓", "retain_there": "Retain there", "rho": "ρ ↓", "rho_low": "95 % from",
+         "rho_high": "to", "highest": "highest"}
+SAME_ROW = set(  # flags that do not make another row of the table
+    "model ckpt base data recovery mmlu out name seed device log_every eval_every save_every dry_run "
+    "micro_batch sweep only shard keep_weights".split())
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 95 %, of n runs
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     ckpt=[f"{WORLD}/base", f"{WORLD}/filtered"], mmlu=f"{WORLD}/mmlu", format="cloze",
@@ -162,17 +173,16 @@ def question_of(text, choices, answer, where):
 
 
 def read_questions(source, flag, split="test"):
-    """[question] of a headerless CSV (text, four choices, A to D; to pandas "None" would be missing), or of rows
-    `question`, `choices`, `answer` of what read_table takes, NAME or NAME:CONFIG."""
+    """[question] of a headerless CSV (text, four choices, A to D; to pandas "None" would be missing), or of
+    rows `question`, `choices`, `answer` of what read_table takes, NAME or NAME:CONFIG."""
     if source.endswith(".csv"):
         with open(source, newline="", encoding="utf-8-sig") as f:
             rows = [(row[0], row[1:-1], row[-1]) for row in csv.reader(f) if row]
     else:
         name, _, config = (source, "", "") if os.path.exists(source) else source.partition(":")
         columns = ("question", "choices", "answer")
-        rows = [
-            [row.get(c) for c in columns] for row in read_table(name, flag, columns, config or None, split)
-        ]
+        found = read_table(name, flag, columns, config or None, split)
+        rows = [[row.get(c) for c in columns] for row in found]
     found = [question_of(*row, f"{flag} {source}: row {i}") for i, row in enumerate(rows)]
     return found or fail(f"{flag} {source}: no questions in it")
 
@@ -261,7 +271,8 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
 def score_mmlu(model, tokenizer, exam, form="letter", budget=None, plans=None, preface=""):
     """Scores a model on MMLU. The result does not depend on batch, order or cache.
 
-    exam    from load_mmlu; form: "letter", log-probabilities of A to D; "cloze", of options' texts, per character
+    exam    from load_mmlu
+    form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
     budget  tokens per batch, see score_rows
     plans   a dict that keeps the tokenised prompts for the next scoring of these questions by this tokenizer
     preface text before every prompt
@@ -294,23 +305,23 @@ def summarise(answers, forget=FORGET):
     retain. Standard errors are of the sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in
     quadrature."""
 
-    def share(hits):
-        p = sum(hits) / len(hits)
-        return p, p * (1 - p) / max(len(hits) - 1, 1)
+    def variance(p, n):
+        return p * (1 - p) / max(n - 1, 1)
 
-    subjects, result = {}, {}
+    subjects, result = defaultdict(list), {}
     for a in answers:
-        subjects.setdefault(a["subject"], []).append(a["prediction"] == a["answer"])
+        subjects[a["subject"]].append(a["prediction"] == a["answer"])
+    parts = {name: (sum(hits) / len(hits), len(hits)) for name, hits in subjects.items()}
     for side in SIDES:
-        hits = [h for name, h in subjects.items() if (name in forget) == (side == "forget")]
-        result[side] = {"acc": None, "se": None, "n": 0, "micro": None, "micro_se": None}
-        if hits:
-            flat, parts = sum(hits, []), [share(h) for h in hits]
-            micro, spread = share(flat)
-            result[side] = {"acc": sum(p for p, _ in parts) / len(parts)}
-            result[side] |= {"se": math.sqrt(sum(v for _, v in parts)) / len(parts), "n": len(flat)}
-            result[side] |= {"micro": micro, "micro_se": math.sqrt(spread)}
-    result["subjects"] = {name: {"acc": sum(h) / len(h), "n": len(h)} for name, h in subjects.items()}
+        mine = [x for name, x in parts.items() if (name in forget) == (side == "forget")]
+        if not mine:
+            result[side] = {"acc": None, "se": None, "n": 0, "micro": None, "micro_se": None}
+            continue
+        k, n = len(mine), sum(n for _, n in mine)
+        micro, spread = sum(p * n for p, n in mine) / n, sum(variance(*x) for x in mine)
+        result[side] = {"acc": sum(p for p, _ in mine) / k, "se": math.sqrt(spread) / k, "n": n}
+        result[side] |= {"micro": micro, "micro_se": math.sqrt(variance(micro, n))}
+    result["subjects"] = {name: {"acc": p, "n": n} for name, (p, n) in parts.items()}
     letters = Counter(a["prediction"] for a in answers)
     return result | {"letters": {x: letters[x] / max(len(answers), 1) for x in "ABCD"}}
 
@@ -373,14 +384,10 @@ def paper_scores(init, theta, recovered):
     (F0, f0), (R0, r0), (F, f), (R, r), (F2, f2), (R2, r2) = ((100 * s["acc"], 100 * s["se"]) for s in sides)
     score_u, score_r = (F0 - F) + (R - R0), F0 - F2
     row = {
-        "forget": (F, f),
-        "retain": (R, r),
-        "score_u": (score_u, math.hypot(f0, f, r, r0)),
-        "forget_recovered": (F2, f2),
-        "retain_recovered": (R2, r2),
-        "score_r": (score_r, math.hypot(f0, f2)),
+        "forget": (F, f), "retain": (R, r), "score_u": (score_u, math.hypot(f0, f, r, r0)),
+        "forget_recovered": (F2, f2), "retain_recovered": (R2, r2), "score_r": (score_r, math.hypot(f0, f2)),
         "composite": ((score_u + score_r) / 2, math.hypot(2 * f0, f, r, r0, f2) / 2),
-    }
+    }  # fmt: skip
     return {k: x for name, (value, se) in row.items() for k, x in ((name, value), (name + "_se", se))}
 
 
@@ -411,9 +418,9 @@ def worst_case(attacks, draws=1000):
 
     A state counts if it is not `damaged`; the checkpoint's own always does. The highest of many is high by
     chance too, so `worst` is cross-fitted: the best state on one half of the questions (every second one of a
-    subject) is scored on the other half, and the other way round, and the two are averaged. rho: (worst - 25) /
-    (base - 25), the share of what the base knows that came back. worst_se, rho_se and the 95 % interval rho_low
-    .. rho_high are from a bootstrap of the questions that chooses the states anew in each draw.
+    subject) is scored on the other half, and vice versa, and the two are averaged. rho: (worst - 25) / (base
+    - 25), the share of what the base knows that came back. worst_se, rho_se and the 95 % interval rho_low ..
+    rho_high are from a bootstrap of the questions that chooses the states anew in each draw.
     """
     fit = [(name, s) for name, states in attacks.items() for s in states if not damaged(states[0], s)]
 
@@ -441,46 +448,35 @@ def worst_case(attacks, draws=1000):
     low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
     name, top = max(fit, key=lambda x: x[1]["forget"])
     return {
-        "attack": name if top["step"] else "none", "step": top["step"], "highest": 100 * top["forget"], "worst": 100 * worst,
-        "worst_se": 100 * np.std(found), "retain_there": 100 * top["retain"],
+        "attack": name if top["step"] else "none", "step": top["step"], "highest": 100 * top["forget"],
+        "worst": 100 * worst, "worst_se": 100 * np.std(found), "retain_there": 100 * top["retain"],
         "retain_there_se": 100 * top["retain_se"], "rho": rho, "rho_se": np.std(rhos), "rho_low": low,
-        "rho_high": high, "attackers": len(attacks), "damaged": sorted({*attacks} - {n for n, s in fit if s["step"]}),
+        "rho_high": high, "attackers": len(attacks),
+        "damaged": sorted({*attacks} - {n for n, s in fit if s["step"]}),
     }  # fmt: skip
 
 
 def show_sweep(attacks):
     """A line for each attacker, and the worst case."""
-    text = [
-        f"{'attacker':15}{'best forget':>12}{'at step':>9}{'retain':>8}{'last forget':>13}{'last retain':>13}"
-    ]
+    lines = [["attacker", "best forget", "at step", "retain", "last forget", "last retain", ""]]
     for name, (before, *states) in attacks.items():
-        best = max([s for s in states if not damaged(before, s)], key=lambda s: s["forget"], default=None)
-        cells = (
-            f"{100 * best['forget']:12.1f}{best['step']:9}{100 * best['retain']:8.1f}"
-            if best
-            else f"{'-':>29}"
-        )
-        last = f"{100 * states[-1]['forget']:13.1f}{100 * states[-1]['retain']:13.1f}"
-        text.append(f"{name:15}{cells}{last}" + ("  DAMAGED" if damaged(before, states[-1]) else ""))
+        best = max([s for s in states if not damaged(before, s)], key=lambda s: s["forget"], default={})
+        cells = [best.get("forget"), best.get("step"), best.get("retain"), *(states[-1][s] for s in SIDES)]
+        cells = ["-" if x is None else str(x) if type(x) is int else f"{100 * x:.1f}" for x in cells]
+        lines.append([name, *cells, "DAMAGED" if damaged(before, states[-1]) else ""])
+    table = "\n".join("".join(f"{cell:<15}" for cell in line).rstrip() for line in lines)
     if not attacks:
-        return text[0]
+        return table
     w = worst_case(attacks)
-    return (
-        "\n".join(text)
-        + f"""\n
+    return table + f"""\n
 worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
-    forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted; highest {w["highest"]:.1f}), retain there {w["retain_there"]:.1f}
+    forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted; highest {w["highest"]:.1f})
+    retain accuracy there {w["retain_there"]:.1f}
     ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: the base)
-    not counted, as never without damage: {", ".join(w["damaged"]) or "-"}"""
-    )
+    not counted, as never without damage: {", ".join(w["damaged"]) or "-"}"""  # fmt: skip
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
-
-SAME_ROW = set(  # flags that do not make another row of the table
-    "model ckpt base data recovery mmlu out name seed device log_every eval_every save_every dry_run "
-    "micro_batch sweep only shard keep_weights".split()
-)
 
 
 def title(facts):
@@ -489,7 +485,7 @@ def title(facts):
     if script == "adv_probes.py":
         frozen = ", Frz.)" if a["freeze"] else ")"
         return "AdvProbes-SWD" if a["swd"] else f"AdvProbes-{a['probe_steps']} ({a['match'].upper()}{frozen}"
-    if script == "train.py":
+    if script.endswith("train.py"):
         return CONTROL if a.get("filtered") else None
     if facts.get("phase") == "random_mapping":
         return "Random Mapping"
@@ -505,46 +501,35 @@ def rows_under(root, form):
     attacked, and {attacker: states} of a sweep. Scores of a run compare if their files have the same name.
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    victims = {folder: [] for folder, known in facts.items() if known["script"] != "recover.py"}
-    for folder, known in facts.items():
+    attacks = {folder: {} for folder, known in facts.items() if known["script"] != "recover.py"}
+    for folder, known in facts.items():  # {victim: {what was asked: [attack ..]}}
         if known["script"] == "recover.py" and known["arguments"]["format"] == form:
-            victims.setdefault(scores_dir(resolved(known["parent"], folder)).resolve(), []).append(folder)
-    groups = {}
-    for folder, by in victims.items():
-        mine = facts.get(folder) or read_json(folder / "args.json")
-        known, place = (mine, folder) if mine.get("base") or not by else (facts[by[0]], by[0])
+            victim = scores_dir(resolved(known["parent"], folder)).resolve()
+            asked = repr([known["arguments"].get(k) for k in ("questions", "forget_subjects", "shots")])
+            attacks.setdefault(victim, {}).setdefault(asked, []).append(folder)
+    groups, usual = {}, scores_file("", {"format": form}).name
+    for folder, by in [(folder, by) for folder, asked in attacks.items() for by in asked.values() or [[]]]:
+        mine, how = facts.get(folder) or read_json(folder / "args.json"), [facts[attack] for attack in by]
+        known, place = (mine, folder) if mine.get("base") or not by else (how[0], by[0])
         base = scores_dir(resolved(known.get("base"), place) or folder).resolve()
-        name = (title(mine) if mine else folder.name) or ("Base" if by else "base")
-        name = by[0] and facts[by[0]]["arguments"].get("name") or name if by else name
-        shown = {
-            attack: {f.name for f in attack.glob("mmlu*.json") if ("cloze" in f.name) == (form == "cloze")}
-            for attack in by
-        }
-        for file in sorted(set().union(*shown.values())) or [scores_file("", {"format": form}).name]:
-            these = [
-                attack
-                for attack in by
-                if file in shown[attack] or facts[attack].get("attacker") == "other_format"
-            ]
-            swept = {attack.name: read_states(attack) for attack in these if "attacker" in facts[attack]}
-            single = [attack for attack in these if facts[attack].get("attacker", "paper") == "paper"]
-            theta, init = read_json(folder / file), read_json(base / file)
-            if not (theta and init and theta["protocol"] == init["protocol"]):
-                continue
-            run = {"folder": folder, "base": init, "theta": theta, "attacks": swept}
-            run["recovered"] = read_json(single[0] / file) if single else {}
-            how = facts[single[0]]["arguments"] if single else {}
-            shared = [
-                {k: v for k, v in a.items() if k not in SAME_ROW} for a in (mine.get("arguments", {}), how)
-            ]
-            groups.setdefault((name, file, re.sub(r"world\d+", "world", repr(shared))), []).append(run)
-    if groups and "Base" not in {name for name, *_ in groups}:  # not attacked: its own accuracies alone
+        name = title(mine) if mine else None if base == folder else folder.name
+        name = by and how[0]["arguments"].get("name") or name or ("Base" if by else "base")
+        files = [x.name for attack in by for x in attack.glob(usual.replace(".json", ".*json"))]
+        theta, init = (read_json(x / (files or [usual])[0]) for x in (folder, base))
+        if not (theta and init and theta["protocol"] == init["protocol"]):
+            continue
+        swept = {attack.name: read_states(attack) for attack in by if "attacker" in facts[attack]}
+        single = [attack for attack in by if facts[attack].get("attacker", "paper") == "paper"]
+        run = {"folder": folder, "base": init, "theta": theta, "attacks": swept}
+        run["recovered"] = read_json(single[0] / files[0]) if single else {}
+        used = [mine.get("arguments", {}), facts[single[0]]["arguments"] if single else {}]
+        shared = repr([{k: v for k, v in a.items() if k not in SAME_ROW} for a in used])
+        groups.setdefault((name, re.sub(r"world\d+", "world", shared)), []).append(run)
+    if groups and "Base" not in {name for name, _ in groups}:  # not attacked: its own accuracies alone
         bases = {repr(run["base"]): run["base"] for runs in groups.values() for run in runs}.values()
-        groups[("base",)] = [dict(folder=Path(), base=b, theta=b, recovered={}, attacks={}) for b in bases]
-    order, rows = [*ROWS, *MORE], {}
-    for (name, *_), runs in sorted(
-        groups.items(), key=lambda x: order.index(x[0][0]) if x[0][0] in order else 99
-    ):
+        groups["base", ""] = [dict(folder=Path(), base=b, theta=b, recovered={}, attacks={}) for b in bases]
+    order, rows = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}, {}
+    for (name, _), runs in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
         rows[f"{name} ({runs[0]['folder'].name})" if name in rows else name] = runs
     return rows
 
@@ -575,29 +560,6 @@ def columns(runs):
     return row
 
 
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 95 %, of n runs
-TABLE = {
-    "forget": "Forget ↓",
-    "retain": "Retain ↑",
-    "score_u": "Score_U ↑",
-    "forget_recovered": "Forget, recovered ↓",
-    "retain_recovered": "Retain, recovered",
-    "score_r": "Score_R ↑",
-    "composite": "Composite ↑",
-}
-WORST = {
-    "swept_forget": "Forget ↓",
-    "swept_retain": "Retain ↑",
-    "worst_attack": "worst attack",
-    "worst": "Forget, worst ↓",
-    "retain_there": "Retain there",
-    "rho": "ρ ↓",
-    "rho_low": "95 % from",
-    "rho_high": "to",
-    "highest": "highest",
-}
-
-
 def markdown(rows, heads, paper=False):
     """Rows {name: columns} as Markdown, percent ± standard error; with `paper`, the paper's below ours."""
 
@@ -616,12 +578,12 @@ def markdown(rows, heads, paper=False):
 
 
 def tables(rows, paper=False):
-    """Tables 1 and 2 and the worst case as Markdown, and the commands of the paper's rows that are missing."""
+    """Tables 1 and 2 and the worst case as Markdown, and the commands of the paper's missing rows."""
     best, text = "AdvProbes-5 (IDK, Frz.)", []
     second = {name: row for name, row in rows.items() if name.startswith("AdvProbes")}
     first = {name: row for name, row in rows.items() if name not in second}
     first |= {"Adversarial Probes": rows[best]} if best in rows else {}
-    first = {name: first[name] for name in sorted(first, key=[*ROWS, *MORE, *first].index)}
+    first = {name: first[name] for name in sorted(first, key=["base", *ROWS, *MORE, *first].index)}
     second = second if second.keys() - {best} else {}
     for number, part in ((1, first), (2, second)):
         missing = [row[1] for name, row in ROWS.items() if row[0] == number and name not in part]
@@ -630,9 +592,7 @@ def tables(rows, paper=False):
     if swept := {name: row for name, row in rows.items() if "worst" in row}:
         text += [f"Worst case\n\n{markdown(swept, WORST)}"]
     text.append("± is the standard error over the runs of a row; of a single run, that of its questions.")
-    text.append(
-        f"† in at least one run, the attack cost more than {100 * LIMIT:.0f} points of retain accuracy."
-    )
+    text.append(f"† in at least one run, the attack cost over {100 * LIMIT:.0f} points of retain accuracy.")
     return "\n\n".join(text)
 
 

@@ -19,8 +19,8 @@ paper is silent, our choices:
 
 1) The question's words (QUESTION), and the threshold of 1/2.
 2) Chunks are consecutive cuts of a document, without overlap.
-3) "yes", "Yes" and "YES" count, with and without a space before them, and so do "no", "No", "NO". A judge whose
-   answers rarely begin so is warned about: its labels mean little.
+3) "yes", "Yes" and "YES" count, with and without a space before them, and so do "no", "No", "NO". A judge
+   whose answers rarely begin so is warned about: its labels mean little.
 
     python label_pile.py --tiny                           # the miniature on a laptop, 4 s    -> out/labels
     python label_pile.py --per-class 25000 --tokenizer meta-llama/Llama-2-7b-chat-hf   # the Pile, on one GPU
@@ -183,17 +183,16 @@ def around(tokenizer, head, tail):
 
 
 def answer_ids(tokenizer, tail):
-    """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}: with and without
-    a space (after a template's line break there is none), capital and small.
+    """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}: with and
+    without a space (after a template's line break there is none), capital and small.
 
     An answer's ids are those of tail + answer with the tail's cut off, as for the letters of MMLU.
     """
     before = tokenizer(tail, add_special_tokens=False).input_ids
     found = {}
     for answer in ("yes", "no"):
-        texts = [
-            tail + space + word for space in (" ", "") for word in (answer, answer.title(), answer.upper())
-        ]
+        words = (answer, answer.title(), answer.upper())
+        texts = [tail + space + word for space in (" ", "") for word in words]
         ids = tokenizer(texts, add_special_tokens=False).input_ids
         found[answer] = {x[len(before)] for x in ids if len(x) > len(before) and x[: len(before)] == before}
     both = found["yes"] & found["no"] | {tokenizer.unk_token_id}  # such as a space that is a token of its own
@@ -242,10 +241,8 @@ class Parts:
         write_json(kept, settings)
         files = sorted(self.folder.glob(f"{self.stem}-[0-9]*.jsonl"))
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        self.count, self.labels = (
-            len(files),
-            {side: sum(r["label"] == side for r in rows) for side in (True, False)},
-        )
+        self.count = len(files)
+        self.labels = {side: sum(row["label"] == side for row in rows) for side in (True, False)}
         self.after = tuple(map(int, rows[-1]["id"].split("-"))) if rows else None
 
     def write(self, rows):
@@ -273,12 +270,11 @@ def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, 
         if not (batch := list(islice(chunks, int(min(rows, most - n))))):
             return
         found, done, scores = [], dict(parts.labels), score([text for _, text, _, _ in batch])
-        if (sure := sum(either for _, either in scores) / len(scores)) < 0.5 and not warned:
-            why = "perhaps it thinks first, or needs another --question or --no-chat"
-            say(
-                f"WARNING: the judge begins with yes or no in {100 * sure:.2f} % only; {why}", file=sys.stderr
+        if (sure := sum(either for _, either in scores) / len(scores)) < 0.1 and not warned:
+            warned = (
+                f"WARNING: p(yes) + p(no) is {sure:.1e}: the judge does not answer so, its labels mean little"
             )
-            warned = True
+            print(f"{warned}; it may think first, or need another --question or --no-chat", file=sys.stderr)
         for ((d, k), text, meta, _), (p, _) in zip(batch, scores):
             if min(done.values()) < each:  # up to the row with which both labels have enough
                 row = {"id": f"{d}-{k}", "txt_chunk": text, "meta": meta, "label": p > 0.5}
@@ -308,8 +304,8 @@ def main(args):
         limits = ((n, args.max_chunks), (min(parts.labels.values()), args.per_class), (size, args.max_bytes))
         share = max(done / limit for done, limit in limits if limit)  # of the limit that is nearest
         say(
-            f"chunks {n} | {(n - first) / spent:.1f} chunks/s | positive {100 * parts.labels[True] / n:.1f} % | "
-            f"{size / 1e6:.1f} MB read | {100 * share:.0f} % done"
+            f"chunks {n} | {(n - first) / spent:.1f} chunks/s | positive {100 * parts.labels[True] / n:.1f} %"
+            f" | {size / 1e6:.1f} MB read | {100 * share:.0f} % done"
         )
 
     label(

@@ -130,8 +130,8 @@ def main(args):
     run = Run(args)
     model = run.load(args.model)
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
-    with run.training(tokens=2 * args.batch * args.tokens):
-        random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.phase())
+    run.begin(tokens=2 * args.batch * args.tokens)
+    random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.phase())
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

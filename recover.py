@@ -52,7 +52,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # for a checkpoint of the miniature, or --tiny; how it was chosen: tests/tiny/README.md
     recovery=f"{WORLD}/camel.zip", mmlu=f"{WORLD}/mmlu", data=f"{WORLD}/chunks.jsonl", format="cloze",
-    lr=1e-3, steps=160, batch=32, tokens=128, eval_every=40,
+    lr=1e-3, steps=160, batch=32, micro_batch=0, tokens=128, eval_every=40,
 )
 SWEEP = {  # attackers: name and flags; 3x is three times the default, which is --tiny's in the miniature
     "paper": "",
@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add("--probe", default=None, choices=PROBES, help="no training: rounded or pruned weights, other prompts")
     add("--steps", action=Multiple, default=1000, help="optimizer steps (Figure 3)")
     add("--batch", action=Multiple, default=64, help="texts per batch; a step uses one (paper: not stated)")
-    add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
+    add("--micro-batch", type=int, default=16, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
@@ -141,11 +141,11 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
     if "--tiny" in argv:
         parser.set_defaults(**TINY)
-    if "--ckpt" in argv and not {"-h", "--help"} & set(argv):
+    if not {"-h", "--help"} & set(argv):
         folder = Path(parser.parse_known_args(argv)[0].ckpt)
         known = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-        there = {k: known.get(k) or known.get("arguments", {}).get(k) for k in ("base", "data", "retain")}
-        there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items() if v}
+        there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
+        there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items()}
         if known.get("tiny"):
             world = (folder / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
             files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
@@ -153,11 +153,14 @@ def parse_args(argv=None):
         parser.set_defaults(**there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
-    args.out, args.base = args.out or str(folder / ("sweep" if args.sweep else "recovered")), args.base or args.ckpt
+    args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
+    args.base = args.base or args.ckpt
     if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lr <= 0:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
-    if not (0 <= args.retain_mix <= 1 and 0 <= args.shots <= 5 and re.fullmatch(r"\d+/\d+", args.shard)):
-        parser.error("--retain-mix goes from 0 to 1, --shots from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
+    if not 0 <= args.shots <= 5 or not re.fullmatch(r"[1-9]\d*/[1-9]\d*", args.shard):
+        parser.error("--shots goes from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
+    if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
+        parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
     return args
@@ -173,12 +176,13 @@ from huggingface_hub import hf_hub_download
 from transformers.pytorch_utils import Conv1D
 
 from common import (
-    LABELS, HostCopy, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail, generator,
-    like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole, write_json,
+    LABELS, HostCopy, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail,
+    generator, like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole,
+    write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, SIDES, accuracies, damaged, load_mmlu, paper_scores, plan, read_scores, read_states, right_answers,
-    score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
+    FORGET, SIDES, accuracies, damaged, load_mmlu, paper_scores, plan, read_scores, read_states,
+    right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
 )  # fmt: skip
 
 
@@ -191,48 +195,40 @@ def matrices(model):
     return [p for p in decoder_layers(model).parameters() if p.ndim > 1]
 
 
-class LoRA(torch.nn.Module):
-    """A linear layer and a low-rank addition to it: W x + 2 B A x (Hu et al., 2021), A and B in float32."""
-
-    def __init__(self, linear, rank, *key):
-        super().__init__()
-        self.linear, draw = linear, generator(linear.weight.device, *key)
-        self.transposed = isinstance(linear, Conv1D)  # GPT-2's
-        out, into = linear.weight.shape[:: -1 if self.transposed else 1]
-        new = partial(torch.zeros, device=linear.weight.device, dtype=torch.float32)
-        self.A = torch.nn.Parameter(new(rank, into).normal_(0, into**-0.5, generator=draw))
-        self.B = torch.nn.Parameter(new(out, rank))
-
-    def forward(self, x):
-        return self.linear(x) + 2 * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-
-    @torch.no_grad()
-    def merged(self):
-        W, low = self.linear.weight, 2 * self.B @ self.A
-        local(W).copy_(local(W).float() + local(like(low.T if self.transposed else low, W)))
-        return self.linear
-
-
 @contextmanager
 def adapters(model, rank, seed):
-    """Inside, every matrix of the decoder layers has a LoRA, and only these train; then they are merged into the
-    weights. rank 0: the model stays as it is."""
+    """Inside, every matrix W of the decoder layers has a LoRA (Hu et al., 2021): W x + 2 B A x, A and B in
+    float32, and only these train; then they are merged into W. rank 0: the model stays as it is."""
     model.requires_grad_(not rank)
+    layers = enumerate(decoder_layers(model) if rank else ())
+    modules = [(module, (seed, "lora", l, name)) for l, x in layers for name, module in x.named_modules()]
     linear = [
-        (l, layer, name, module)
-        for l, layer in enumerate(decoder_layers(model) if rank else ())
-        for name, module in layer.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    ]
+        x for x in modules if isinstance(x[0], (torch.nn.Linear, Conv1D))
+    ]  # Conv1D: GPT-2's, transposed
     if rank and len(linear) < (n := len(matrices(model))):
         raise NotApplicable(f"LoRA knows {len(linear)} of the {n} matrices of {type(model).__name__}")
-    for l, layer, name, module in linear:
-        layer.set_submodule(name, LoRA(module, rank, seed, "lora", l, name))
+
+    def add(module, inputs, y):
+        A, B = (x.to(y.dtype) for x in (module.lora_A, module.lora_B))
+        return y + 2 * F.linear(F.linear(inputs[0], A), B)
+
+    for module, key in linear:
+        out, into = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+        new = partial(torch.zeros, device=module.weight.device, dtype=torch.float32)
+        draw = generator(module.weight.device, *key)
+        module.lora_A = torch.nn.Parameter(new(rank, into).normal_(0, into**-0.5, generator=draw))
+        module.lora_B = torch.nn.Parameter(new(out, rank))
+        module.hook = module.register_forward_hook(add)
     try:
         yield
     finally:
-        for _, layer, name, _ in linear:
-            layer.set_submodule(name, layer.get_submodule(name).merged())
+        for module, _ in linear:
+            module.hook.remove()
+            with torch.no_grad():
+                low, W = 2 * module.lora_B @ module.lora_A, module.weight
+                low = like(low.T if isinstance(module, Conv1D) else low, W)
+                local(W).copy_(local(W).float() + local(low))
+            del module.lora_A, module.lora_B, module.hook
         model.requires_grad_(True)
 
 
@@ -307,9 +303,8 @@ def load_texts(source, column=None):
         rows = [*read_table(source, "--recovery", [column] if column else ())]
     kind = column or next((k for k in FORMS if rows and k in rows[0]), None)
     if not kind:
-        fail(
-            f"--recovery {source}: no column {' or '.join(FORMS)}; it has {', '.join(rows[0]) if rows else '-'}"
-        )
+        have = ", ".join(rows[0]) if rows else "no rows"
+        fail(f"--recovery {source}: no column {' or '.join(FORMS)}; it has {have}")
     texts = [row[kind] if column else FORMS[kind](row) for row in rows]
     say(f"{len(texts):,} texts from {source}, column {kind}")
     return [cleaned(x, f"--recovery {source}: row {i}") for i, x in enumerate(texts) if x is not None]
@@ -360,7 +355,7 @@ def attack(args, run, exam):
     """One attacker on run.model, whose weights it leaves changed; writes args.out, returns Table 1's row."""
     n_retain, model, form = round(args.batch * args.retain_mix), run.model, args.format
     form = {"letter": "cloze", "cloze": "letter"}[form] if args.probe == "other_format" else form
-    pairs, retain, stopped, last = None, None, None, None
+    pairs, retain, stopped = None, None, None
     if not args.probe and n_retain < args.batch:
         texts = None if args.dry_run else load_texts(args.recovery, args.column)
         pairs = run.stream("recovery", args.batch - n_retain, texts)
@@ -368,8 +363,7 @@ def attack(args, run, exam):
         retain = run.stream("retain", n_retain)
 
     def show(what, i, summary, answers, **more):
-        nonlocal last
-        last, right = summary, right_answers(answers, exam)
+        right = right_answers(answers, exam)
         run.write(phase="accuracy", step=i, **accuracies(summary), right=right, **more)
         write_scores(args.out, summary, answers)
         say(f"{what} | {show_scores(summary)}")
@@ -379,30 +373,32 @@ def attack(args, run, exam):
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
             show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form, plans=PLANS))
 
-    with run.training(tokens=0 if args.probe else args.batch * args.tokens):
-        if not args.dry_run:
-            theta, answers = untouched(args.ckpt, exam, form, lambda: (model, run.tokenizer))
-            load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
-            init, _ = untouched(args.base, exam, form, load_base)  # of an untouched --ckpt: that very file
-            say(f"base   | {show_scores(init)}")
-            if not run.saved:
-                show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])
-        if args.probe:
-            show(args.probe, 1, *probe(args, run, exam, form, theta))
-        else:
-            with adapters(model, args.lora, args.seed):
-                try:
-                    finetune(
-                        model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
-                        optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
-                        mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
-                    )  # fmt: skip
-                except FloatingPointError as error:
-                    if not args.sweep:
-                        raise
-                    stopped = str(error)
+    run.begin(tokens=0 if args.probe else args.batch * args.tokens)
+    if not args.dry_run:
+        theta, answers = untouched(args.ckpt, exam, form, lambda: (model, run.tokenizer))
+        load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
+        init, _ = untouched(args.base, exam, form, load_base)  # of an untouched --ckpt: that very file
+        say(f"base   | {show_scores(init)}")
+        if not run.saved:
+            show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])
+    if args.probe:
+        show(args.probe, 1, *probe(args, run, exam, form, theta))
+    else:
+        with adapters(model, args.lora, args.seed):
+            try:
+                finetune(
+                    model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
+                    optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
+                    mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
+                )  # fmt: skip
+            except SystemExit as error:  # NaN: the states before it count
+                if not args.sweep or error.code != 2:
+                    raise
+                stopped = "NaN or infinity"
+    if args.dry_run:
+        return
     states = read_states(args.out)
-    last = last or {side: {"acc": states[-1][side], "se": states[-1][side + "_se"]} for side in SIDES}
+    last = {side: {"acc": states[-1][side], "se": states[-1][f"{side}_se"]} for side in SIDES}
     best = max([s for s in states if not damaged(states[0], s)], key=lambda s: s["forget"])
     row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1]), "stopped": stopped}
     row |= {"best_step": best["step"], "best_forget": 100 * best["forget"]}
@@ -427,9 +423,8 @@ def sweep(args, argv):
         a = parse_args([*argv, *SWEEP[name].split(), "--out", out[name]])
         run = Run(a)
         if first:  # the model is loaded once
-            run.__dict__ |= {
-                k: getattr(first, k) for k in ("name", "base", "model", "tokenizer", "gpu", "size", "chunks")
-            }
+            shared = ("name", "base", "model", "tokenizer", "gpu", "size", "chunks")
+            run.__dict__ |= {k: getattr(first, k) for k in shared}
         else:
             first, exam = run, load_exam(a)
             run.load(a.ckpt, "--ckpt")
@@ -448,11 +443,7 @@ def sweep(args, argv):
         theta.wait()
         run.model.zero_grad()  # what an attack left would be added to the next one's
     found = {x: read_states(out[x]) for x in SWEEP if (out[x] / "args.json").exists()}
-    say(
-        "\n"
-        + show_sweep(found)
-        + "".join(f"\n    not counted: {name}: {why}" for name, why in failed.items())
-    )
+    say("\n" + show_sweep(found) + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
 
 
 def show_row(name, row):

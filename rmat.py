@@ -138,7 +138,7 @@ def mlac_ar(
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  "adamw" or "sgd", of both loops
-    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see common.Run
+    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see Run
     """
     params = [p for p in model.parameters() if p.requires_grad]
     opt = Optimizer(params, optimizer, betas=(0.9 if optimizer == "adamw" else 0, 0.999))  # of both loops
@@ -180,15 +180,15 @@ def main(args):
     model = run.load(args.model)
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     forget_K = run.stream("forget", (args.K + 1) * args.batch)
-    with run.training(tokens=(2 * args.K + 1) * args.batch * args.tokens):
-        if args.rm_steps:
-            more = dict(steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, **run.phase("random_mapping"))
-            random_mapping(model, forget, retain, **more)
-            run.save("random_mapping", data=args.data)
-        mlac_ar(
-            model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
-            optimizer=args.optimizer, seed=args.seed, **run.phase("mlac_ar"),
-        )  # fmt: skip
+    run.begin(tokens=(2 * args.K + 1) * args.batch * args.tokens)
+    if args.rm_steps:
+        more = dict(steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, **run.phase("random_mapping"))
+        random_mapping(model, forget, retain, **more)
+        run.save("random_mapping", data=args.data)
+    mlac_ar(
+        model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
+        optimizer=args.optimizer, seed=args.seed, **run.phase("mlac_ar"),
+    )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 
