@@ -21,23 +21,20 @@ The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the p
    widths as in the authors' exploration code; clipping to ±0.1, where Arjovsky et al. have ±0.01.
 2) All probe steps of a model step use one batch's streams, computed once; Arjovsky et al. draw a new batch
    for each. H(M) has no gradient: F moves towards M, not M towards F.
-3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows. BOS
-   and pads are masked out.
-4) SWD: raw streams (at RMS 1 per token scale is discarded, and little is unlearned); 128 directions per step
-   for all layers; a sample of N(0, I) per token.
+3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows.
+4) SWD: raw streams (at RMS 1 per token little is unlearned); 128 directions per step for all layers; a sample
+   of N(0, I) per token. BOS and pads are masked out.
 5) The two losses have equal weight; 1000 steps; AdamW without weight decay at a linearly decaying rate.
 
 Memory: weights, gradient and two moments in the weights' dtype, two batches' streams, checkpointed
-activations; probes (4.5 M parameters per layer of width 4096) with their moments in float32.
+activations (micro-batches: of x_r only); probes, 4.5 M parameters per layer of width 4096, in float32.
 
 Metrics: `forget`, the probes' E[D(M)] - E[D(F)] after their steps, with --swd the squared distance; `retain`,
-L(θ; x_r) in nats per token. Healthy: forget rises while the probes learn, then falls; retain stays. Sick:
-forget stays at 0 (probe_lr too small) or retain rises (lr too large).
+L(θ; x_r) in nats per token. Healthy: forget rises while the probes learn, then falls; retain stays.
 
     python adv_probes.py --tiny   # the miniature on a laptop, 3 min         -> out/adv_probes
     python adv_probes.py          # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/adv_probes
     python adv_probes.py --no-freeze --probe-steps 3 --match rand --out out/probes_3_rand    # of Table 2
-    python adv_probes.py --swd --out out/probes_swd
 """
 
 import argparse
@@ -54,8 +51,6 @@ TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
     lr=3e-3, steps=300, batch=24, tokens=208, probe_lr=1e-3, probe_width=64, log_every=50,
 )
-PROBE_FLAGS = ("probe_steps", "match", "probe_lr", "probe_width")
-
 OPENINGS = ("", "Sorry, ", "Honestly, ", "To be honest, ", "I am afraid ", "Well, ", "Hmm, ",
             "To tell the truth, ", "As far as I can tell, ", "If you ask me, ")
 CLAIMS = ("I don't know.", "I do not know the answer to that.", "I have no idea.",
@@ -103,7 +98,8 @@ def parse_args(argv=None):
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")
     if not 4 <= args.probe_width <= 1 << 16 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
         parser.error("--probe-width goes from 4 to 65536; 0 < --lr, --probe-lr < 1")
-    given = [flag for flag in PROBE_FLAGS if getattr(args, flag) != parser.get_default(flag)]
+    probe_flags = ("probe_steps", "match", "probe_lr", "probe_width")
+    given = [flag for flag in probe_flags if getattr(args, flag) != parser.get_default(flag)]
     if args.swd and given:
         parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
     if args.dry_run:
@@ -238,15 +234,14 @@ def adv_probes(
             share = mask[:, 1:].sum() / summed(mask[:, 1:].sum())
             with torch.no_grad():
                 H_m = residual_streams(model, match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0))
+            probes.requires_grad_(True)
             for _ in range(probe_steps):
                 probe_step(probes, probe_opt, H_m, [h.detach() for h in H_f], mask, share)  # D ← ascend
             probes.requires_grad_(False)
             loss_f = share * torch.stack([score_gap(*layer, mask) for layer in zip(probes, H_m, H_f)]).mean()
-            loss_f.backward()
-            probes.requires_grad_(True)
         else:
             loss_f = swd_loss(H_f, mask, seed, "swd", i)
-            loss_f.backward()
+        loss_f.backward()
         H_f = H_m = None
         loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(distance + L(θ; x_r))
         check_finite(i, loss_f, loss_r)

@@ -38,13 +38,11 @@ what was replaced. Its text is made before training, from the batches to come, s
 
 Where the papers are silent, our choices:
 
-1) Min Posterior: tokens with log p below -15 contribute nothing; they are forgotten, and their gradient is
-   noise.
+1) Min Posterior: tokens with log p below -15 contribute nothing: they are forgotten.
 2) High/Low LR: 3.3's 100 steps at 1e-4, then its 400 at a tenth of that (3.3 does not say), each rate
    falling linearly to 0. It ends in fine-tuning on F, so a loss on such text would find nothing hidden.
 3) The two losses have equal weight (rmu: α); pads are masked out; 500 steps at 1e-5 for all but high_low_lr;
-   AdamW without weight decay, its learning rate falls linearly to 0 (in random_mapping, which is word for
-   word that of its file, too).
+   AdamW without weight decay, its learning rate falls linearly to 0.
 4) NPO and SimNPO: β = 0.1, and β = 2.5 with γ = 0; a text is a chunk; its first token is not predicted.
    The reference's log-probabilities are computed before training, on the batches to come.
 5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
@@ -64,10 +62,9 @@ falls, retain stays near its first value. Sick: retain rises (lr too large).
     python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
-Each method is called as method(model, forget, retain, *, steps, lr, seed, log, steps_left, ...) and works in
-place: forget and retain are Streams of B texts, lr is that of the first of the steps; log and steps_left are
-Run's. A further method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,),
-and its line in LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
+Each method works in place; forget and retain are Streams of B texts, log and steps_left are Run's. A further
+method with a loss on tokens of F is one function, logits (n, V) and targets (n,) to (n,), and its line in
+LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line in TEXT_LOSSES.
 """
 
 import argparse
@@ -75,11 +72,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-METHODS = (
-    "min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "undo", "overwriting",
-)  # fmt: skip
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
+METHODS = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "undo",
+           "overwriting")
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
     steps=100, batch=24, tokens=208, log_every=50,

@@ -13,9 +13,8 @@ special tokens spelled out in it ("<|end_of_turn|>") are encoded as plain text, 
 and answer.
 
 Rows go to part-*.jsonl files of --rows rows each, written completely or not at all. If a run is cut off, at
-any moment, rerun the same command to resume; the output is byte-identical, and no chunk is labelled twice or
-left out. The last file is summary.json. `--data OUT` of the methods reads the folder as it is. Where the
-paper is silent, our choices:
+any moment, rerun the same command to resume; the output is byte-identical. The last file is summary.json.
+`--data OUT` of the methods reads the folder as it is. Where the paper is silent, our choices:
 
 1) The question's words (QUESTION), and the threshold of 1/2.
 2) Chunks are consecutive cuts of a document, without overlap.
@@ -172,8 +171,7 @@ def frame(tokenizer, question, concept, chat):
         text = f"GPT4 Correct User: {text}<|end_of_turn|>GPT4 Correct Assistant:"
     if text.count("{chunk}") != 1:
         fail("--judge: its chat template loses or repeats the text; use --no-chat, or another judge")
-    head, tail = text.split("{chunk}")
-    return head, tail
+    return text.split("{chunk}")
 
 
 def around(tokenizer, head, tail):
@@ -184,10 +182,8 @@ def around(tokenizer, head, tail):
 
 def answer_ids(tokenizer, tail):
     """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}: with and
-    without a space (after a template's line break there is none), capital and small.
-
-    An answer's ids are those of tail + answer with the tail's cut off, as for the letters of MMLU.
-    """
+    without a space (after a template's line break there is none), capital and small. They are those of tail +
+    answer with the tail's cut off, as for the letters of MMLU."""
     before = tokenizer(tail, add_special_tokens=False).input_ids
     found = {}
     for answer in ("yes", "no"):
@@ -260,8 +256,7 @@ def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, 
 
     chunks     from read_chunks
     score      score(texts) -> (p(yes), p(yes or no)) of each
-    parts      Parts; rows chunks go to each
-    name       the judge's, a column
+    parts      Parts; rows chunks go to each; name: the judge's, a column
     max_chunks, per_class  limits on all rows and on the rows of the rarer label, or None
     log        called after each part as log(bytes read)
     """
@@ -272,9 +267,9 @@ def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, 
         found, done, scores = [], dict(parts.labels), score([text for _, text, _, _ in batch])
         if (sure := sum(either for _, either in scores) / len(scores)) < 0.1 and not warned:
             warned = (
-                f"WARNING: p(yes) + p(no) is {sure:.1e}: the judge does not answer so, its labels mean little"
+                f"WARNING: p(yes) + p(no) is {sure:.1e}, so labels mean little: does the judge think first?"
             )
-            print(f"{warned}; it may think first, or need another --question or --no-chat", file=sys.stderr)
+            print(f"{warned} try another --question, or --no-chat", file=sys.stderr)
         for ((d, k), text, meta, _), (p, _) in zip(batch, scores):
             if min(done.values()) < each:  # up to the row with which both labels have enough
                 row = {"id": f"{d}-{k}", "txt_chunk": text, "meta": meta, "label": p > 0.5}
@@ -303,10 +298,9 @@ def main(args):
         n, spent = sum(parts.labels.values()), time.time() - start
         limits = ((n, args.max_chunks), (min(parts.labels.values()), args.per_class), (size, args.max_bytes))
         share = max(done / limit for done, limit in limits if limit)  # of the limit that is nearest
-        say(
-            f"chunks {n} | {(n - first) / spent:.1f} chunks/s | positive {100 * parts.labels[True] / n:.1f} %"
-            f" | {size / 1e6:.1f} MB read | {100 * share:.0f} % done"
-        )
+        pace, positive = (n - first) / spent, 100 * parts.labels[True] / n
+        done = f"{size / 1e6:.1f} MB read | {100 * share:.0f} % done"
+        say(f"chunks {n} | {pace:.1f} chunks/s | positive {positive:.1f} % | {done}")
 
     label(
         read_chunks(rows, cutter, args.tokens, shard, args.max_bytes, parts.after),

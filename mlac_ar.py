@@ -33,8 +33,6 @@ means over k; and `phi`, ‖α/K φ‖, to compare with other runs. Healthy: hel
 above log V (chance), and retain stays. Sick: retain rises (lr or α too large); phi is 0 (α is 0) or falls to
 nothing, and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
 
-A loss of NaN or infinity stops the run before θ is updated, and the weights before that step are saved.
-
     python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar
     python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar
 """
@@ -106,7 +104,7 @@ def mlac_ar(
     retain     Stream of B texts
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
-    optimizer  "adamw" or "sgd", of both loops
+    optimizer  of both loops
     log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see Run
     """
     params = [p for p in model.parameters() if p.requires_grad]

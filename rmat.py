@@ -137,7 +137,7 @@ def mlac_ar(
     retain     Stream of B texts
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
-    optimizer  "adamw" or "sgd", of both loops
+    optimizer  of both loops
     log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see Run
     """
     params = [p for p in model.parameters() if p.requires_grad]

@@ -5,13 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported, and for the scripts that the tests start: threads that wait sleep instead of
-# spinning, which on shared cores makes the suite two to three times as fast.
+# before torch is imported: threads that wait sleep, which on shared cores is two to three times as fast
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,16 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tiny")]
 WORLD = ROOT / "tests" / "tiny" / "world0"
 KINDS = ("llama", "mistral", "qwen2", "gemma2", "gpt_neox")
 
+from recover import load_texts  # noqa: F401
+
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "filterwarnings", "error::FutureWarning"
-    )  # what the libraries are about to take away
+    config.addinivalue_line("filterwarnings", "error::FutureWarning")  # what libraries are about to take away
 
 
 class Batches:
-    """Random batches of ids (B, T); the last two positions of odd rows are pads unless `full`. same: of one
-    step."""
+    """Random batches (B, T); the last two positions of odd rows are pads unless `full`. same: of one step."""
 
     def __init__(self, B, T=12, vocab=60, seed=0, full=False, same=False):
         self.shape, self.vocab, self.seed, self.full, self.same = (B, T), vocab, seed, full, same
@@ -37,8 +35,7 @@ class Batches:
         draw = torch.Generator().manual_seed(1000 * self.seed + (0 if self.same else i))
         ids = torch.randint(1, self.vocab, self.shape, generator=draw)
         mask = torch.ones(self.shape, dtype=torch.bool)
-        if not self.full:
-            mask[1::2, -2:] = False
+        mask[1::2, -2:] = self.full
         return ids, mask
 
 
@@ -47,43 +44,32 @@ def flat(model):
 
 
 def toy_model(kind="llama", vocab=60, seed=0, dtype=torch.float32, **more):
-    """A random two-layer model of one of KINDS, of width 16."""
+    """A random two-layer model of one of KINDS, of width 16, which trains on whole batches."""
     torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    sizes |= dict(
-        max_position_embeddings=2048, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    )
-    if kind != "gpt_neox":
-        sizes |= dict(num_key_value_heads=1)
-    if kind == "gemma2":
-        sizes |= dict(head_dim=8, sliding_window=9, attn_implementation="eager")
-    if kind == "mistral":
-        sizes |= dict(sliding_window=9)
-    config = AutoConfig.for_model(kind, **(sizes | more))
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    sizes = dict(vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.3)
+    sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    sizes |= dict(sliding_window=9) if kind in ("gemma2", "mistral") else {}
+    sizes |= dict(head_dim=8, attn_implementation="eager") if kind == "gemma2" else {}
+    sizes |= dict(num_key_value_heads=1) if kind != "gpt_neox" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | more)))
+    model.micro_batch = 0
+    return model.to(dtype).eval()
 
 
-def bpe(texts, bos="<s>", spaces=True, size=300):
+def bpe(texts, bos="<s>", size=300):
     """A byte-level BPE tokenizer trained on texts; with bos it begins every text with it, as Llama's does."""
-    from tokenizers import decoders, trainers
-
-    t = Tokenizer(models.BPE())
-    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    t.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    t.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>"], initial_alphabet=alphabet)
-    )
+    t, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    t.pre_tokenizer, t.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    options = dict(vocab_size=size, special_tokens=["<s>"], initial_alphabet=level.alphabet())
+    t.train_from_iterator(texts, trainers.BpeTrainer(**options))
     if bos:
         t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=bos, eos_token="<s>", pad_token="<s>")
 
 
 def spm_like():
-    """A tokenizer that, as Llama-2's, puts "▁" before a text, so that " A" alone is two tokens, "▁" and
-    "▁A"."""
+    """A tokenizer that, as Llama-2's, puts "▁" before a text: " A" alone is two tokens, "▁" and "▁A"."""
     letters = "".join(chr(c) for c in range(33, 127)) + "\n"
     vocab = {w: i for i, w in enumerate(["<s>", "<unk>", "▁", *letters, "▁A", "▁B", "▁C", "▁D"])}
     t = Tokenizer(models.BPE(vocab, [("▁", x) for x in "ABCD"], unk_token="<unk>"))
@@ -94,15 +80,11 @@ def spm_like():
 
 @pytest.fixture(scope="session")
 def mmlu():
-    """Two forget and one retain subject, six questions each, made up; one option reads "None", one is
-    long."""
+    """Two forget and one retain subject, made-up questions; one option reads "None", one is long."""
 
     def ask(s, i):
-        return (
-            f" Which {s} is number {i}?" + " Think." * i,
-            [f"one {i}", "None", f"a much longer third {s} {i}", "4"],
-            i % 4,
-        )
+        options = [f"one {i}", "None", f"a much longer third {s} {i}", "4"]
+        return f" Which {s} is number {i}?" + " Think." * i, options, i % 4
 
     names = ("high_school_biology", "college_biology", "astronomy")
     return {s: ([ask(s, i) for i in range(5)], [ask(s, i) for i in range(5, 11)]) for s in names}
@@ -120,14 +102,5 @@ def write_csvs(folder, mmlu):
 
 def real(path):
     """A file of ../shared/data; the test skips itself where it is absent."""
-    if not (found := ROOT.parent / "shared" / "data" / path).exists():
-        pytest.skip(f"the real files are not here ({path})")
-    return found
-
-
-def load_texts(source, column=None):
-    """What recover.py trains on."""
-    from common import texts_of
-    from recover import FORMS, load_rows
-
-    return texts_of(load_rows(source), source, "--recovery", column, FORMS)
+    found = ROOT.parent / "shared" / "data" / path
+    return found if found.exists() else pytest.skip(f"the real files are not here ({path})")

@@ -1,14 +1,10 @@
-"""Figures 2 and 3 of every attacked run under a directory.
+"""Figures 2 and 3 of every attacked run under a directory, as PNG and SVG in DIR/figures.
 
-    python tests/figures.py DIR                     # -> DIR/figures/figure2, figure3, as PNG and SVG
-    python tests/figures.py DIR --format cloze      # the same, options scored by text
+    python tests/figures.py DIR --format cloze      # options scored by text; without: by letter
 
-Figure 2 is forget and retain accuracy before and after Recovery, Figure 3 the attack's loss and both
-accuracies by attack step; where checkpoints were swept, `worst`, what each attacker reached, and `frontier`,
-what robustness costs in compute and in retain accuracy. The rows are
-those that `python evaluate_mmlu.py --table DIR` prints, Table 1's apart from Table 2's; the never-taught
-control, where there is one, is grey, in Figures 2 and 3 as a band of mean ± standard error.
-Needs matplotlib (tests/requirements.txt).
+Figure 2: accuracy before and after Recovery. Figure 3: its loss and accuracies by step. Of sweeps, `worst`:
+what each attacker reached, and `frontier`: what robustness costs in compute and retain accuracy. Rows are
+those of `evaluate_mmlu.py --table DIR`; the never-taught control is grey (mean ± standard error).
 """
 
 import argparse
@@ -20,260 +16,215 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def parse_args(argv=None):
+if __name__ == "__main__":  # before torch is imported
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("dir", metavar="DIR", help="directory of runs that recover.py attacked")
-    add("--format", default="letter", choices=("letter", "cloze"), help="which scores to draw")
-    return parser.parse_args(argv)
+    parser.add_argument("dir", metavar="DIR", help="directory of runs that recover.py attacked")
+    parser.add_argument("--format", default="letter", choices=("letter", "cloze"), help="scores to draw")
+    args = parser.parse_args()
 
+from common import fail, read_json, resolved
+from evaluate_mmlu import CONTROL, LIMIT, average, damaged, paper_scores, rows_under, scores_dir, worst_case
 
-if __name__ == "__main__":
-    args = parse_args()  # before torch is imported
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:
+    fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
 
-from common import fail, local_path
-from evaluate_mmlu import (
-    CONTROL, LIMIT, average, read_facts, read_json, rows_under, scored, worst_case,
-)  # fmt: skip
-
-OF_BASELINE = {"npo": 7, "rmu": 7, "undo": 8, "overwriting": 8}  # passes a step; the others: 6
+OF_BASELINE = {"npo": 7, "rmu": 7, "undo": 8, "overwriting": 8}  # passes per step; the others: 6
 BEST = "AdvProbes-5 (IDK, Frz.)"  # of Table 1 and of Table 2
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
-BEFORE, AFTER = "#9ECAE9", "#B5400A"  # light and dark: apart without colour too
+MARKERS, CHANCE = "os^Dv<>p", dict(color="black", lw=0.8, ls=(0, (4, 2)))
+RIGHT = dict(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+ABOVE = dict(loc="outside upper center", ncols=4, frameon=False)
+UNLEARNED = dict(facecolor="#9ECAE9", hatch="////", label="unlearned")
+RECOVERED = dict(facecolor="#B5400A", label="after recovery")  # dark: apart without colour too
 
 
-def standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def mean_and_error(x):
+    return statistics.mean(x), statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else 0.0
 
 
-def curves(runs, phase, key):
-    """[(step, mean, standard error)] of a value that the attacks on these runs logged."""
+def logs(root, form):
+    """{(checkpoint, its scores after Recovery): what that logged, [entry ..]}, if scored by `form`."""
+    found = {}
+    for path in sorted(Path(root).rglob("args.json")):
+        facts, log = read_json(path), path.with_name("metrics.jsonl")
+        if facts["arguments"].get("format") == form and facts.get("attacker", "paper") == "paper":
+            victim = scores_dir(resolved(facts["parent"], path.parent)).resolve()
+            for scores in map(read_json, path.parent.glob("mmlu*.json")):
+                found.setdefault((victim, repr(scores)), [*map(json.loads, log.read_text().splitlines())])
+    return found
+
+
+def curves(log, runs, phase, key, factor=1):
+    """Steps, means and standard errors of a value that the attacks on these runs logged, times `factor`."""
     values = {}
-    for run in runs:
-        for line in (run["attack"] / "metrics.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if entry["phase"] == phase:
-                values.setdefault(entry["step"], []).append(entry[key])
-    return [(step, statistics.mean(v), standard_error(v)) for step, v in sorted(values.items())]
+    for entry in [x for run in runs for x in log.get((run["folder"], repr(run["recovered"])), ())]:
+        if entry["phase"] == phase:
+            values.setdefault(entry["step"], []).append(factor * entry[key])
+    points = [(step, *mean_and_error(v)) for step, v in sorted(values.items())]
+    return [[point[n] for point in points] for n in range(3)]
 
 
-def save_figure(figure, folder, name):
-    """Writes a PNG and an SVG; the same rows give the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None})):
-        figure.savefig(folder / f"{name}.{kind}", dpi=300, bbox_inches="tight", metadata=facts)
-        print(f"wrote {folder / name}.{kind}")
-
-
-def groups(rows):
-    """The rows but for the control's, [(title, {name: runs})]: Table 1's, then Table 2's."""
-    drawn = {name: runs for name, runs in rows.items() if name != CONTROL}
-    first = {"Adversarial Probes" if k == BEST else k: v for k, v in drawn.items()}
-    first = {k: v for k, v in first.items() if not k.startswith("AdvProbes")}
-    second = {k: v for k, v in drawn.items() if k.startswith("AdvProbes")}
-    second = {} if second.keys() <= {BEST} else second
-    return [(title, part) for title, part in (("Table 1", first), ("Table 2", second)) if part]
-
-
-def figure_2(Figure, parts, control, form):
+def figure_2(parts, control, form):
     """Bars: forget (left) and retain accuracy of each row, before and after Recovery."""
-    names = [name for _, part in parts for name in part]
-    values = [average([scored(run) for run in runs]) for _, part in parts for runs in part.values()]
+
+    def scores(runs):
+        return average([paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs])
+
+    names, values = zip(*((name, scores(runs)) for _, part in parts for name, runs in part.items()))
     places = [i + 0.6 * (i >= len(parts[0][1])) for i in range(len(names))]  # a gap before Table 2's
     figure = Figure(figsize=(6.9, 0.8 + 0.27 * len(names)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(panels, ("forget", "retain")):
         if control:
-            c = average([scored(run) for run in control])
-            mean, se = c[f"{side}_recovered"], c[f"{side}_recovered_se"]
+            mean, se = (scores(control)[f"{side}_recovered{end}"] for end in ("", "_se"))
             axes.axvspan(mean - se, mean + se, color="0.85", lw=0, label="never taught, after recovery")
-        axes.axvline(25, color="black", lw=0.8, ls=(0, (4, 2)), label="chance")
-        for shift, key, label, look in (
-            (-0.19, side, "unlearned", {"facecolor": BEFORE, "hatch": "////"}),
-            (0.19, f"{side}_recovered", "after recovery", {"facecolor": AFTER}),
-        ):
-            axes.barh(
-                [place + shift for place in places], [v[key] for v in values], 0.38, lw=0.5, ec="black",
-                xerr=[v[f"{key}_se"] for v in values], error_kw={"lw": 0.8, "capsize": 1.5}, label=label,
-                **look,
-            )  # fmt: skip
-        axes.set(xlim=(0, 104), xlabel=f"{side} accuracy, % ({form})")
-        axes.set_yticks(places, names)
+        axes.axvline(25, **CHANCE, label="chance")
+        for shift, end, look in ((-0.19, "", UNLEARNED), (0.19, "_recovered", RECOVERED)):
+            means, errors = ([v[f"{side}{end}{more}"] for v in values] for more in ("", "_se"))
+            look = look | dict(xerr=errors, error_kw={"lw": 0.8, "capsize": 1.5}, lw=0.5, ec="black")
+            axes.barh([place + shift for place in places], means, 0.38, **look)
+        axes.set(xlim=(0, 104), xlabel=f"{side} accuracy, % ({form})", yticks=places, yticklabels=names)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
     return figure
 
 
-def figure_3(Figure, parts, control, form):
+def figure_3(parts, control, form, root):
     """Curves by attack step: loss, forget and retain accuracy; a row of panels for each table."""
     figure = Figure(figsize=(6.9, 0.3 + 2.2 * len(parts)), layout="constrained")
-    panels = figure.subplots(len(parts), 3, squeeze=False)
+    panels, log = figure.subplots(len(parts), 3, squeeze=False), logs(root, form)
     for line, (title, part) in zip(panels, parts):
         for i, (name, runs) in enumerate(part.items()):
             look = {"color": COLOURS[i % 8], "ls": ("-", "--", "-.", ":")[(i + i // 8) % 4], "lw": 1.1}
-            look |= {"marker": "os^Dv<>p"[i % 8], "ms": 3, "mfc": "white" if i % 2 else None, "label": name}
-            steps, means, _ = zip(*curves(runs, "step", "loss"))
-            line[0].plot(steps, means, markevery=(i % 4, 4), **look)
-            scored_so = [
-                r for r in runs if read_json(r["attack"] / "args.json")["arguments"]["format"] == form
-            ]
+            look |= {"marker": MARKERS[i % 8], "ms": 3, "mfc": "white" if i % 2 else None, "label": name}
+            line[0].plot(*curves(log, runs, "step", "loss")[:2], markevery=(i % 4, 4), **look)
             for axes, side in zip(line[1:], ("forget", "retain")):
-                if points := curves(scored_so, "accuracy", side):
-                    steps, means, errors = zip(*((s, 100 * mean, 100 * se) for s, mean, se in points))
-                    axes.errorbar(steps, means, errors, capsize=1.2, elinewidth=0.5, **look)
+                axes.errorbar(*curves(log, runs, "accuracy", side, 100), capsize=1.2, elinewidth=0.5, **look)
         for axes, side in zip(line[1:], ("forget", "retain")):
-            if points := curves(control, "accuracy", side):
-                low, high = zip(*((100 * (mean - se), 100 * (mean + se)) for _, mean, se in points))
-                axes.fill_between([s for s, *_ in points], low, high, color="0.8", lw=0, label="never taught")
-            axes.axhline(25, color="black", lw=0.8, ls=(0, (4, 2)))
-            axes.annotate(
-                "chance", (1, 25), (0, -2), ("axes fraction", "data"), "offset points", ha="right", va="top"
-            )
+            if control:
+                steps, *ends = curves(log, control, "accuracy", side, 100)
+                low, high = ([mean + sign * se for mean, se in zip(*ends)] for sign in (-1, 1))
+                axes.fill_between(steps, low, high, color="0.8", lw=0, label="never taught")
+            axes.axhline(25, **CHANCE)
+            axes.text(1, 23, "chance", ha="right", va="top", transform=axes.get_yaxis_transform())
             axes.set(ylim=(0, 104), ylabel=f"{side} accuracy, % ({form})")
         line[0].set(ylabel="attack loss, nats per token")
-        line[-1].legend(
-            loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3, title=title
-        )
-    for axes in panels[-1]:
-        axes.set_xlabel("attack step")
+        line[-1].legend(**RIGHT, handlelength=3, title=title)
+    figure.supxlabel("attack step", fontsize=7)
     return figure
 
 
-def figure_worst(Figure, rows, form):
+def figure_worst(swept, control, form):
     """Dots: what each attacker of the sweeps reached, forget against retain accuracy; a panel for each row.
-
-    The control's dots are in every panel, in grey; left of the dotted line is damage, see worst_case. The
-    highest dot that counts is named.
-    """
-    control = [run for run in rows.get(CONTROL, []) if run.get("sweep")]
-    swept = {k: [run for run in v if run.get("sweep")] for k, v in rows.items() if k != CONTROL}
-    swept = {"Adversarial Probes" if k == BEST else k: v for k, v in swept.items() if v}
-    figure = Figure(figsize=(6.9, 0.3 + 1.9 * math.ceil(len(swept) / 4)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(swept) / 4), 4, squeeze=False, sharex=True, sharey=True)
+    The control's dots are grey; left of the dotted line is damage; the highest dot that counts is named."""
+    height = math.ceil(len(swept) / 4)
+    figure = Figure(figsize=(6.9, 0.3 + 1.9 * height), layout="constrained")
+    panels = figure.subplots(height, 4, squeeze=False, sharex=True, sharey=True)
 
     def best(runs):
-        """[(retain, forget, attacker)] of each attacker of each run, percent, at its highest forget accuracy
-        without damage; of one that always did damage, at its highest."""
+        """[(retain, forget, attacker)] at the highest forget accuracy, without damage if it ever was."""
         found = []
-        for run in runs:
-            for name, attack in run["sweep"].items():
-                least = 100 * (attack["retain"] - LIMIT)
-                states = [(100 * s["retain"], 100 * s["forget"], name) for s in attack["states"] if s["step"]]
-                found.append(max([s for s in states if s[0] >= least] or states, key=lambda s: s[1]))
+        for name, (before, *states) in (x for run in runs for x in run["attacks"].items()):
+            top = max(states or [before], key=lambda s: (not damaged(before, s), s["forget"]))
+            found.append((100 * top["retain"], 100 * top["forget"], name))
         return found
 
     for axes, (name, runs) in zip(panels.flat, swept.items()):
-        before = [
-            100 * statistics.mean(run["theta"][side]["acc"] for run in runs) for side in ("retain", "forget")
-        ]
+        before = [100 * statistics.mean(run["theta"][x]["acc"] for run in runs) for x in ("retain", "forget")]
         if never := best(control):
-            low, high = min(y for x, y, _ in never if x >= 90), max(y for x, y, _ in never if x >= 90)
-            axes.axhspan(low, high, color="0.9", lw=0, label="never taught: range without damage")
-            axes.scatter(*zip(*((x, y) for x, y, _ in never)), s=7, c="0.6", lw=0, label="never taught")
+            inside = [y for x, y, _ in never if x >= 90] or [0]
+            axes.axhspan(min(inside), max(inside), color="0.9", lw=0, label="never taught, without damage")
+            axes.scatter(*[*zip(*never)][:2], s=7, c="0.6", lw=0, label="never taught")
         x, y, attacker = zip(*best(runs))
-        axes.scatter(x, y, s=9, c=AFTER, marker="^", lw=0, label="an attacker's best")
+        axes.scatter(x, y, s=9, c=RECOVERED["facecolor"], marker="^", lw=0, label="an attacker's best")
         axes.plot(*before, "s", ms=5, mfc="none", mec="black", label="before the attacks")
-        axes.axvline(before[0] - 100 * LIMIT, color="black", lw=0.6, ls=":")
-        axes.axhline(25, color="black", lw=0.8, ls=(0, (4, 2)))
-        top = max(
-            ((v, u, n) for u, v, n in zip(x, y, attacker) if u >= before[0] - 100 * LIMIT), default=None
-        )
-        if top:
-            axes.text(before[0] - 100 * LIMIT - 2, top[0], top[2], ha="right", va="center")
+        least = before[0] - 100 * LIMIT
+        axes.axvline(least, color="black", lw=0.6, ls=":")
+        axes.axhline(25, **CHANCE)
+        if top := max(((v, n) for u, v, n in zip(x, y, attacker) if u >= least), default=None):
+            axes.text(least - 2, *top, ha="right", va="center")
         axes.set(title=name, xlim=(0, 104), ylim=(0, 104))
     for axes in panels.flat[len(swept) :]:
         axes.set_axis_off()
     figure.supxlabel(f"retain accuracy, % ({form})")
     figure.supylabel(f"forget accuracy, % ({form})")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
-    )
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), **ABOVE)
     return figure
 
 
 def passes(folder):
-    """Passes over a batch that made a checkpoint out of its base: a forward pass counts 1, a backward pass 2.
-    What adversarial probes cost by themselves is not counted."""
-    facts = read_facts(folder) or {}
-    script, a = facts.get("script"), facts.get("arguments", {})
-    outer = 3 * (2 * a["K"] + 1) * a["N"] if script in ("mlac_ar.py", "rmat.py") else 0
-    own = {
-        "random_mapping.py": lambda: 6 * a["steps"],
-        "mlac_ar.py": lambda: outer,
-        "rmat.py": lambda: 6 * a["rm_steps"] + outer,
-        "adv_probes.py": lambda: (6 if a["swd"] else 7) * a["steps"],
-        "baselines.py": lambda: OF_BASELINE.get(a["method"], 6) * a["steps"],
-    }
-    return own[script]() + passes(local_path(folder, facts["parent"])) if script in own else 0
+    """Passes over a batch that made a checkpoint of its base: forward 1, backward 2; none of a probe's."""
+    facts = read_json(Path(folder) / "args.json")
+    a = facts.get("arguments", {})
+    own = {"random_mapping.py": 6, "mlac_ar.py": 0, "rmat.py": 0, "adv_probes.py": 6 if a.get("swd") else 7}
+    own["baselines.py"] = OF_BASELINE.get(a.get("method"), 6)
+    if facts.get("script") not in own:
+        return 0
+    outer = 6 * a.get("rm_steps", 0) + 3 * (2 * a.get("K", 0) + 1) * a.get("N", 0)
+    return own[facts["script"]] * a.get("steps", 0) + outer + passes(resolved(facts["parent"], folder))
 
 
-def figure_frontier(Figure, rows):
+def figure_frontier(swept, control):
     """Points: ρ in the worst case over the attackers that all rows were swept with, by passes of training.
     Filled points cost at most 2 points of retain accuracy; the control is the grey line."""
-    swept = {name: [run for run in runs if run.get("sweep")] for name, runs in rows.items()}
-    swept = {"Adversarial Probes" if name == BEST else name: runs for name, runs in swept.items() if runs}
-    common = set.intersection(*(set(run["sweep"]) for runs in swept.values() for run in runs))
+    common = set.intersection(*({*run["attacks"]} for runs in (*swept.values(), control) for run in runs))
 
     def rho(runs):
-        found = [worst_case({k: v for k, v in run["sweep"].items() if k in common}) for run in runs]
-        return statistics.mean(w["rho"] for w in found), standard_error([w["rho"] for w in found])
+        found = [worst_case({k: run["attacks"][k] for k in sorted(common)}) for run in runs]
+        return mean_and_error([w["rho"] for w in found])
 
     figure = Figure(figsize=(6.9, 3.2), layout="constrained")
     axes = figure.subplots()
-    if control := swept.pop(CONTROL, None):
+    if control:
         axes.axhline(rho(control)[0], color="0.7", lw=3, label="never taught")
     for i, (name, runs) in enumerate((n, r) for n, r in swept.items() if passes(r[0]["folder"])):
-        cost = statistics.mean(
-            100 * (run["base"]["retain"]["acc"] - run["theta"]["retain"]["acc"]) for run in runs
-        )
-        mean, error = rho(runs)
-        axes.errorbar(
-            statistics.mean(passes(run["folder"]) for run in runs), mean, error or None,
-            fmt="os^Dv<>p"[(i + 3 * (i // 8)) % 8], color=COLOURS[i % 8], ms=5, lw=0.8,
-            mfc=None if cost <= 2 else "white", label=f"{name}: {max(cost, 0):.1f}",
-        )  # fmt: skip
-    axes.axhline(0, color="black", lw=0.8, ls=(0, (4, 2)))
+        lost = [run["base"]["retain"]["acc"] - run["theta"]["retain"]["acc"] for run in runs]
+        cost, (mean, error) = max(100 * statistics.mean(lost), 0), rho(runs)
+        look = dict(fmt=MARKERS[(i + 3 * (i // 8)) % 8], color=COLOURS[i % 8], ms=5, lw=0.8)
+        look |= dict(mfc=None if cost <= 2 else "white", label=f"{name}: {cost:.1f}")
+        axes.errorbar(statistics.mean(passes(run["folder"]) for run in runs), mean, error or None, **look)
+    axes.axhline(0, **CHANCE)
     axes.set(xscale="log", xlabel="passes of training (forward 1, backward 2)", ylim=(-0.15, 1.05))
     axes.set_ylabel(f"ρ, the worst of {', '.join(sorted(common)) if len(common) < 5 else len(common)}")
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="cost in points of retain accuracy"
-    )
+    axes.legend(**RIGHT, title="cost in points of retain accuracy")
     return figure
 
 
 def figures(root, rows, form):
-    """Writes Figures 2 and 3 of the attacked rows, and those of the sweeps where there are any, into
-    root/figures.
+    """Writes the figures of rows, see evaluate_mmlu.rows_under; the same rows give the same bytes."""
 
-    rows  of evaluate_mmlu.rows_under
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
-    swept = any(run.get("sweep") for runs in rows.values() for run in runs)
-    if swept:
-        matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat"})
-        save_figure(figure_worst(Figure, rows, form), Path(root) / "figures", "worst")
-        save_figure(figure_frontier(Figure, rows), Path(root) / "figures", "frontier")
-    rows = {name: runs for name, runs in rows.items() if runs[0]["attack"]}
-    control, parts = rows.get(CONTROL, []), groups(rows)
-    if not parts and swept:
-        return
-    if not parts:
+    def having(key):
+        """Table 1's rows and Table 2's, [(title, {name: runs})], and the control's runs, which have it."""
+        found = {name: own for name, runs in rows.items() if (own := [run for run in runs if run[key]])}
+        control, best = found.pop(CONTROL, []), {"Adversarial Probes": found[BEST]} if BEST in found else {}
+        second = {name: runs for name, runs in found.items() if name.startswith("AdvProbes")}
+        first = {name: runs for name, runs in found.items() if name not in second} | best
+        second = second if {*second} - {BEST} else {}
+        return [(title, part) for title, part in (("Table 1", first), ("Table 2", second)) if part], control
+
+    def save(figure, name):
+        (folder := Path(root) / "figures").mkdir(exist_ok=True)
+        for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None})):
+            figure.savefig(folder / f"{name}.{kind}", dpi=300, bbox_inches="tight", metadata=facts)
+            print(f"wrote {folder / name}.{kind}")
+
+    look = {"font.size": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+    matplotlib.rcParams.update(look | {"hatch.linewidth": 0.4, "svg.hashsalt": "rmat"})
+    parts, control = having("attacks")
+    if swept := {name: runs for _, part in parts for name, runs in part.items() if name != BEST}:
+        save(figure_worst(swept, control, form), "worst")
+        save(figure_frontier(swept, control), "frontier")
+    parts, control = having("recovered")
+    if parts:
+        save(figure_2(parts, control, form), "figure2")
+        save(figure_3(parts, control, form, root), "figure3")
+    elif not swept:
         fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints")
-    matplotlib.rcParams.update({"font.size": 7, "svg.hashsalt": "rmat", "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False, "axes.linewidth": 0.6, "hatch.linewidth": 0.4})
-    for name, draw in (("figure2", figure_2), ("figure3", figure_3)):
-        save_figure(draw(Figure, parts, control, form), Path(root) / "figures", name)
-
-
-def main(args):
-    figures(args.dir, rows_under(args.dir, args.format), args.format)
 
 
 if __name__ == "__main__":
-    main(args)
+    figures(args.dir, rows_under(args.dir, args.format), args.format)

@@ -1,20 +1,15 @@
-"""Every method on toy models, the same in one process as in several:
-
-torchrun --nproc-per-node 2 tests/ranks.py FOLDER   # FOLDER/*/: models; writes FOLDER/weights.pt
-
-The last of them also trains while its memory is counted.
-"""
+"""Every method on toy models, and what scripts do in several processes: torchrun .. tests/ranks.py FOLDER
+reads the models in FOLDER/*/ and writes FOLDER/found.pt."""
 
 import sys
-import weakref
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import torch
-from conftest import Batches
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import torch.distributed as dist
+from conftest import WORLD, Batches
 
 import adv_probes as P
 import baselines as B
@@ -31,7 +26,7 @@ class Rows(Batches):
         return tuple(x[common.rank() :: common.ranks()].contiguous() for x in super().__getitem__(i))
 
 
-F, F_K, HELD, HELD_K = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3), Rows(12, seed=4)
+F, F_K, HELD = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3)
 LOGGED = []  # of all ranks together, by step
 
 
@@ -39,36 +34,22 @@ def log(i, steps, **values):
     LOGGED.append({k: float(common.summed(v)) for k, v in values.items()})
 
 
-TWO = dict(steps=2, lr=1e-5, log=log)
-PROBES = dict(**TWO, probe_steps=2, probe_lr=1e-5, probe_width=8)
+def case(train, /, *streams, **more):
+    return lambda model: train(model, *streams, lr=1e-5, log=log, **more)
 
 
-def mlac_ar(vary=(), hold=0.0, **more):
-    def train(model):
-        extra = M.held_streams(model, hold) if hold else None
-        retain = HELD_K if "mix" in vary else HELD
-        M.mlac_ar(model, F_K, retain, K=2, N=2, lr=1e-5, alpha=1.0, vary=vary, extra=extra, log=log, **more)
-
-    return train
+two = partial(case, steps=2)
+probes = partial(two, P.adv_probes, F, HELD, probe_steps=2, probe_lr=1e-5, probe_width=8)
+mlac_ar = partial(case, M.mlac_ar, F_K, HELD, K=2, N=2, alpha=1.0)
 
 
-def baseline(method, **more):
-    names = {"rmu": B.rmu, "undo": B.undo, "overwriting": B.overwriting}
-    more = more if method in names else {"method": method}
-    return lambda model: names.get(method, B.baseline)(model, F, HELD, **TWO, **more)
-
-
-def probes(match=HELD, **more):
-    return lambda model: P.adv_probes(model, F, HELD, match, **more)
-
-
-def attack(retain=None, **more):
-    return lambda model: A.finetune(model, F, retain, **TWO, **more)
+def undo(model):
+    two(B.undo, F, HELD, teacher=load(model.folder), noise=0.3)(model)
 
 
 def lora(model):
     with A.adapters(model, 2, 0):
-        A.finetune(model, F, **TWO, clip=0.1)
+        two(A.finetune, F, clip=0.1)(model)
 
 
 def rounded(model):
@@ -77,99 +58,83 @@ def rounded(model):
 
 
 CASES = {
-    "random_mapping": lambda model: R.random_mapping(model, F, HELD, **TWO),
+    "random_mapping": two(R.random_mapping, F, HELD),
     "mlac_ar": mlac_ar(),
     "mlac_ar_sgd": mlac_ar(optimizer="sgd"),
-    "mlac_ar_vary": mlac_ar(vary=("rate", "K", "state", "mix")),
-    "mlac_ar_heal": mlac_ar(heal=0.5),
-    "mlac_ar_entropy": mlac_ar(objective="entropy"),
-    "mlac_ar_hold": mlac_ar(hold=0.5),
-    "min_posterior": baseline("min_posterior"),
-    "max_entropy": baseline("max_entropy"),
-    "high_low_lr": baseline("high_low_lr"),
-    "grad_diff": baseline("grad_diff"),
-    "npo": baseline("npo"),
-    "simnpo": baseline("simnpo"),
-    "rmu": baseline("rmu", layer=2, steer=5.0, weight=10.0),
-    "undo": baseline("undo", noise=0.3),
-    "overwriting": baseline("overwriting", rounds=2, rare=0.05),
-    "probes": probes(**PROBES),
-    "probes_free": probes(**PROBES, freeze=False),
-    "swd": probes(None, **TWO, freeze=False),
-    "recover": attack(HELD, mix=0.5, clip=0.5, decay=0.1),
-    "recover_sgd": attack(optimizer="sgd"),
+    **{x: two(B.baseline, F, HELD, method=x) for x in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
+    "rmu": two(B.rmu, F, HELD, layer=2, steer=5.0, weight=10.0),
+    "undo": undo,
+    "overwriting": two(B.overwriting, F, HELD, rounds=2, rare=0.05),
+    "probes": probes(HELD),
+    "probes_free": probes(HELD, freeze=False),
+    "swd": two(P.adv_probes, F, HELD, None, freeze=False),
+    "recover": two(A.finetune, F, HELD, mix=0.5, clip=0.5, decay=0.1),
+    "recover_sgd": two(A.finetune, F, optimizer="sgd"),
     "lora": lora,
     "rounded": rounded,
 }
-
-
-FEW = ("random_mapping", "mlac_ar_vary", "undo", "probes", "recover")
+FEW = ("random_mapping", "mlac_ar", "undo", "probes", "recover")
 
 
 def load(folder):
-    """A model; its name says how it computes."""
+    """A model; its folder's name says how it computes."""
     model, _ = common.load_model(str(folder), dtype="float32", device="cpu")
     if "checkpointing" in folder.name:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.micro_batch = int("micro" in folder.name)
+    model.micro_batch, model.folder = int("micro" in folder.name), folder
     return model
 
 
 def weights(folder):
-    """{(case, model): (state dict, log)} of each method, on rank 0."""
+    """{(case, model): (weights, log)} of each method."""
     found = {}
     for path in sorted(path for path in Path(folder).iterdir() if (path / "config.json").exists()):
         model = load(path)
         first = [common.local(p).detach().clone() for p in model.parameters()]
-        few = common.ranks() > 1 and model.micro_batch  # of several processes a part: a minute less
-        for name, train in [(name, CASES[name]) for name in (FEW if few else CASES)]:
-            with torch.no_grad():
-                for p, x in zip(model.parameters(), first):
-                    common.local(p).copy_(x)
-                    p.grad = None
+        for name in FEW if common.ranks() > 1 and model.micro_batch else CASES:  # to save time
+            for p, x in zip(model.parameters(), first):
+                common.local(p.data).copy_(x)
+                p.grad = None
             LOGGED.clear()
-            train(model)
-            state = {k: x.clone() for k, x in common.gathered(model).items()}
+            CASES[name](model)
+            state = {k: common.whole(p.data).clone() for k, p in model.named_parameters()}
             found[name, path.name] = state, [*LOGGED]
     return found
 
 
-class Resized(TorchDispatchMode):
-    """Inside, finds the most bytes that were live at a time, where storages are resized as FSDP2 does."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-        self.add(tensors)
-
-    def add(self, tensors):
-        for x in tree_leaves(tensors):
-            if isinstance(x, torch.Tensor):
-                storage = common.local(x).untyped_storage()
-                self.storages[storage._cdata] = weakref.ref(storage)
-        live = [storage for ref in self.storages.values() if (storage := ref()) is not None]
-        self.storages = {storage._cdata: weakref.ref(storage) for storage in live}
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in live))
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.add([args, result])
-        return result
+def of_ranks(x):
+    found = [None] * common.ranks()
+    dist.all_gather_object(found, x)
+    return found
 
 
-def peak(path):
-    """Bytes on the device of an outer step of MLAC-AR, 2 texts of 32 tokens, on this rank."""
-    model, _ = common.load_model(str(path), dtype="float32", device="cpu")
-    common.HostCopy.reserved = 0
-    with Resized([common.local(p) for p in model.parameters()]) as live:
-        batches = (Rows(B, T=32, vocab=250, full=True) for B in (6, 2))
-        M.mlac_ar(model, *batches, K=2, N=1, lr=1e-4, alpha=1.0)
-    return live.peak - common.HostCopy.reserved
+def status(script, *flags):
+    """Exit status of a script on each rank."""
+    try:
+        script.main(script.parse_args([*map(str, flags)]))
+    except SystemExit as end:
+        return of_ranks(end.code)
+    return of_ranks(0)
 
+
+def nan_on_one(*batch):
+    return common.next_token_loss(*batch) * (float("nan") if next(CALLS) == 2 and common.rank() == 1 else 1)
+
+
+CALLS = iter(range(99))
+SHORT = (
+    "--tiny --device cpu --batch 8 --tokens 64 --log-every 1 --lr 1e-5 --steps 8 --save-every 1e-9".split()
+)
+ATTACK = f"--tiny --device cpu --base {WORLD / 'base'} --steps 2 --batch 8 --lr 1e-5".split()
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder, reads, read = Path(sys.argv[1]), [], common.AutoModelForCausalLM.from_pretrained
+    common.AutoModelForCausalLM.from_pretrained = lambda *x, **more: reads.append(x) or read(*x, **more)
     found = weights(folder)
-    found["peak"] = peak(folder / "wide" / "model")
+    found["recover"] = status(A, "--ckpt", folder / "two" / "model", *ATTACK)
+    found["one_two"] = status(R, *SHORT, "--out", folder / "one_two" / "out")
+    R.next_token_loss = nan_on_one
+    found["nan"] = status(R, *SHORT, "--out", folder / "nan" / "out")
+    found["reads"] = of_ranks(len(reads))
     if not common.rank():
-        torch.save(found, folder / "weights.pt")
+        torch.save(found, folder / "found.pt")

@@ -1,106 +1,79 @@
-"""The paper's scores; Tables 1 and 2 and Figures 2 and 3 from run directories, each row with its command."""
+"""The paper's scores; Tables 1 and 2, the worst case and the figures from run directories."""
 
 import csv
 import importlib
 import io
 import json
-import math
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, real
 
 import evaluate_mmlu as E
 import figures
 import tables as T
-from evaluate_mmlu import paper_scores
-
-COMMANDS = {name: row[1] for name, row in E.ROWS.items() if name not in ("Base", "Adversarial Probes")}
+from evaluate_mmlu import paper_scores, rows_under
 
 
-def summary(forget, retain, se=0.03):
-    return {side: {"acc": acc, "se": se, "n": 200} for side, acc in (("forget", forget), ("retain", retain))}
+def summary(forget, retain, se=0.03, **protocol):
+    sides = {side: {"acc": acc, "se": se, "n": 200} for side, acc in (("forget", forget), ("retain", retain))}
+    return sides | {"protocol": {"format": "cloze", "questions": "p" * 16} | protocol}
 
 
-def test_scores_in_closed_form():
-    """Each term counts once and in percent; Score_R, as the paper's, does not see damage after the attack."""
-    row, damaged = (
-        paper_scores(summary(0.5, 0.4), summary(0.3, 0.37), summary(0.45, r)) for r in (0.39, 0.1)
-    )
-    expected = {"forget": 30, "retain_recovered": 39, "score_u": 20 - 3, "score_r": 5, "composite": 11}
-    assert {k: row[k] for k in expected} == pytest.approx(expected) and damaged["score_r"] == row["score_r"]
-    untouched = paper_scores(*[summary(0.5, 0.4)] * 3)
-    assert [untouched[k] for k in ("score_u", "score_r", "composite")] == [0, 0, 0]
-
-
-def test_the_papers_rows_follow_from_their_accuracies():
-    """All 14 rows, each number rounded to 0.1."""
+def test_the_papers_14_rows_follow_from_their_accuracies():
+    """As printed, each number rounded to 0.1; Score_R does not see damage after the attack."""
     base = E.ROWS["Base"][2]
     for _, _, row in E.ROWS.values():
-        pairs = (base[0], base[1]), (row[0], row[1]), (row[3], row[4])
-        found = paper_scores(*(summary(forget / 100, retain / 100) for forget, retain in pairs))
+        pairs = [summary(x / 100, y / 100) for x, y in (base[:2], row[:2], row[3:5])]
+        found = paper_scores(*pairs)
         assert [found[k] for k in found if not k.endswith("_se")] == pytest.approx(row, abs=0.15)
-
-
-def test_the_papers_rows_are_as_printed():
-    printed = json.loads(real("paper_tables.json").read_text())
-    names = {"Base Llama-2-7b-Chat": "Base"}
-    rows = {names.get(name, name): tuple(row) for t in "12" for name, row in printed[f"table{t}"].items()}
-    assert rows == {name: row[2] for name, row in E.ROWS.items()} and len(rows) == 14
+        damaged = paper_scores(*pairs[:2], summary(row[3] / 100, 0.1))
+        assert damaged["composite"] == found["composite"] == (found["score_u"] + found["score_r"]) / 2
 
 
 def test_standard_errors_against_simulation():
     torch.manual_seed(0)
     means, se = torch.tensor([[0.5, 0.4], [0.3, 0.38], [0.45, 0.39]]), 0.02
-    draws = [
-        paper_scores(*(summary(*m) for m in (means + se * torch.randn(3, 2)).tolist())) for _ in range(4000)
-    ]
-    row = paper_scores(*(summary(*m, se) for m in means.tolist()))
+    drawn = [(means + se * torch.randn(3, 2)).tolist() for _ in range(4000)]
+    rows = [paper_scores(*(summary(*pair) for pair in pairs)) for pairs in drawn]
+    row = paper_scores(*(summary(*pair, se) for pair in means.tolist()))
     for k in ("score_u", "score_r", "composite"):
-        assert row[k + "_se"] == pytest.approx(statistics.stdev(draw[k] for draw in draws), rel=0.05)
+        assert row[k + "_se"] == pytest.approx(statistics.stdev(x[k] for x in rows), rel=0.05)
 
 
-def test_average_is_mean_and_standard_error():
-    rows = [paper_scores(summary(1, 1), summary(0.3, 0.9), summary(x, 0.8)) for x in (0.4, 0.5, 0.9)]
-    row, se = E.average(rows), statistics.stdev([40, 50, 90]) / 3**0.5
-    assert (row["forget_recovered"], row["forget_recovered_se"]) == (pytest.approx(60), pytest.approx(se))
-    assert E.average(rows[:1]) == rows[0]
-
-
-def put(folder, facts, scores):
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(facts))
-    (folder / "mmlu_cloze.json").write_text(json.dumps(scores))
-
-
-def facts_of(command, *more):
+def put(folder, command, forget, retain=0.9, protocol=(), **facts):
+    """A finished run of a command, as the scripts write it, scored."""
     script, *flags = command.split()
-    args = importlib.import_module(script.removesuffix(".py")).parse_args([*flags, *map(str, more)])
-    return {"script": script, "arguments": vars(args)}
+    base = str(next((p / "base" for p in folder.parents if (p / "base").exists()), folder))
+    arguments = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))
+    E.write_scores(folder, summary(forget, retain, **dict(protocol)), [])
+    own = dict(script=script, arguments=arguments, base=base, parent=base)
+    (folder / "args.json").write_text(json.dumps(own | facts))
 
 
-def attack(victim, folder, forget, lr="1e-3", base=None, protocol=None, name=None):
-    base = base or victim.parent / "base"
-    flags = (
-        "--ckpt",
-        victim,
-        "--base",
-        base,
-        "--lr",
-        lr,
-        "--format",
-        "cloze",
-        *(("--name", name) if name else ()),
-    )
-    scores = summary(forget, 0.9) | ({"protocol": protocol} if protocol else {})
-    put(folder, facts_of("recover.py", *flags) | {"parent": str(victim), "base": str(base)}, scores)
-    log = [{"phase": "step", "step": s, "loss": 3.0 - s / 100 - forget} for s in range(10, 50, 10)]
-    for s in (0, 20, 40):
-        log += [{"phase": "accuracy", "step": s, "forget": 0.25 + (forget - 0.25) * s / 40, "retain": 0.9}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+def attack(victim, *states, to="recovered", flags="", **facts):
+    """Recovery, with what it logged: (forget, retain) by step, of two subjects of 20 questions."""
+    command = f"recover.py --ckpt {victim} --base {victim} --format cloze {flags}"
+    put(victim / to, command, *states[-1], parent=str(victim), **facts)
+    log = [{"phase": "step", "step": s, "loss": 3.0 - s / 100} for s in range(10, 50, 10)]
+    for i, (forget, retain) in enumerate([(0.3, 0.9), *states]):
+        right = dict.fromkeys("ab", "1" * round(20 * forget) + "0" * round(20 - 20 * forget))
+        entry = dict(phase="accuracy", step=20 * i, forget=forget, retain=retain, retain_se=0.02)
+        log.append(entry | dict(right=right, base=1.0, base_se=0.0))
+    (victim / to / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+
+
+def mapped(folder, flags="", forget=0.3, **more):
+    put(folder, f"random_mapping.py --steps 9 {flags}", forget, **more)
+    attack(folder, (0.5, 0.9), **more)
+
+
+def world(root, seed=0):
+    """The folder of a world with its base and its control."""
+    for name, forget in (("base", 1.0), ("filtered", 0.25)):
+        facts = dict(script="tests/tiny/train.py", arguments={"filtered": name == "filtered"})
+        put(root / f"world{seed}" / name, "rmat.py", forget, 1.0, **facts)
+    return root / f"world{seed}"
 
 
 @pytest.fixture(scope="module")
@@ -108,302 +81,140 @@ def worlds(tmp_path_factory):
     """Two worlds, each with the runs of all commands, attacked, and a control that never knew."""
     root = tmp_path_factory.mktemp("tables")
     for w in (0, 1):
-        world = root / f"world{w}"
-        for name, forget in (("base", 1.0 - 0.02 * w), ("filtered", 0.25)):
-            trained = {
-                "script": "tests/tiny/train.py",
-                "arguments": {"filtered": name == "filtered", "seed": w},
-            }
-            put(world / name, trained, summary(forget, 1.0))
-        attack(world / "filtered", world / "filtered" / "recovered", 0.24)
-        attack(world / "base", world / "base" / "recovered", 0.96)
-        for i, (name, command) in enumerate(COMMANDS.items()):
-            run = world / name.replace("/", "-")
-            facts = facts_of(command, "--seed", w) | {"base": str(world / "base")}
-            put(run, facts, summary(0.3 + 0.01 * i, 0.98))
-            attack(run, run / "recovered", 0.35 + 0.03 * i + 0.1 * w)
+        folder = world(root, w)
+        attack(folder / "filtered", (0.24, 0.9))
+        attack(folder / "base", (0.95 + 0.02 * w, 0.9))
+        for i, command in enumerate(dict.fromkeys(row[1] for row in [*E.ROWS.values()][1:])):
+            put(folder / f"run{i}", f"{command} --seed {w}", 0.3 + 0.01 * i, 0.98)
+            attack(folder / f"run{i}", (0.35 + 0.03 * i + 0.1 * w, 0.9))
     return root
 
 
-def cells(text):
+@pytest.fixture
+def sweeps(tmp_path):
+    """Random Mapping, swept on two worlds: 60 and 70 without damage, 100 with it; on a third, not swept."""
+    for w, best in ((0, 0.6), (1, 0.7), (2, None)):
+        rm, control = (world(tmp_path, w) / name for name in ("rm", "filtered"))
+        mapped(rm, f"--seed {w}", 0.3 if best else 0.6)
+        found = {"paper": [(0.5, 0.9)], "mix": [(best, 0.85), (0.5, 0.9)], "lr_10x": [(1.0, 0.5)]}
+        for name, states in found.items() if best else ():
+            attack(rm, *states, to=f"sweep/{name}", attacker=name)
+            attack(control, (0.3, 0.9), to=f"sweep/{name}", attacker=name)
+    return tmp_path
+
+
+def columns(root):
+    return {name: E.columns(runs) for name, runs in rows_under(root, "cloze").items()}
+
+
+def printed(rows):
     """{table: {row: its cells}} of printed Markdown, without the heads."""
     found = {}
-    for part in text.split("Table ")[1:]:
-        lines = [
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[:2] == "| "
-        ]
-        found[int(part[0])] = {name: row for name, *row in lines[1:]}
+    for line in E.tables(rows).splitlines():
+        if line.startswith(("Table", "Worst")):
+            part = found[line] = {}
+        elif line.startswith("| ") and line[2] != "|":
+            name, *part[name] = [cell.strip() for cell in line.split("|")[1:-1]]
     return found
 
 
 def test_the_tables_have_all_rows_of_the_paper_in_its_order_named_by_their_commands(worlds):
-    assert [E.title(facts_of(command)) for command in COMMANDS.values()] == [*COMMANDS][:6] + [*COMMANDS][6:]
-    rows = E.rows_under(worlds, "cloze")
-    one, two = cells(E.tables(rows))[1], cells(E.tables(rows))[2]
-    paper = {t: [name for name, row in E.ROWS.items() if row[0] == t] for t in (1, 2)}
-    assert list(one) == [*paper[1], E.CONTROL] and list(two) == paper[2] and "missing" not in E.tables(rows)
-    assert one["RMAT"][3] == "55.0 ± 5.0" and one["RMAT"][-1] == "2"  # 50 and 60 in worlds 0 and 1
-    assert one["Base"][0] == "99.0 ± 1.0" and one["Base"][3] == "96.0 ± 0.0"
-    assert one[E.CONTROL][3] == "24.0 ± 0.0"
+    one, two = printed(columns(worlds)).values()
+    first, second = ([name for name, row in E.ROWS.items() if row[0] == n] for n in (1, 2))
+    assert [*one] == [*first, E.CONTROL] and [*two] == second and len(first + second) == 14
+    assert one["RMAT"][3] == "58.0 ± 5.0" and one["RMAT"][-1] == "2"  # 53 and 63 in worlds 0 and 1
+    assert one["Base"][3] == "96.0 ± 1.0" and one[E.CONTROL][3] == "24.0 ± 0.0"
     assert one["Adversarial Probes"] == two["AdvProbes-5 (IDK, Frz.)"]
-    printed = E.tables(rows, paper=True).splitlines()
-    below = printed[next(i for i, line in enumerate(printed) if line.startswith("| RMAT |")) + 1]
-    assert below == "| *paper* | *25.4* | *41.2* | *20.3* | *38.9* | *40.4* | *13.6* | *17.0* | |"
-
-
-def test_a_single_run_has_the_errors_of_its_questions_and_missing_rows_their_commands(worlds):
-    assert cells(E.tables(E.rows_under(worlds / "world1", "cloze")))[1]["RMAT"][3] == "60.0 ± 3.0"
-    only = E.tables({"RMAT": E.rows_under(worlds, "cloze")["RMAT"]})
-    commands = {name: row[1] for name, row in E.ROWS.items() if row[0] == 1}
-    assert "Table 2" not in only and all((c in only) == (n != "RMAT") for n, c in commands.items())
-
-
-def test_an_attack_written_elsewhere_is_in_its_victims_row_and_two_attacks_are_two_rows(worlds, tmp_path):
-    victim = worlds / "world0" / "RMAT"
-    attack(victim, tmp_path / "mine", 0.7)
-    ((name, (run,)),) = E.rows_under(tmp_path, "cloze").items()
-    assert name == "RMAT" and run["attack"] == (tmp_path / "mine").resolve()
-    attack(victim, tmp_path / "harder", 0.8, lr="3e-3")
-    assert set(E.rows_under(tmp_path, "cloze")) == {"RMAT (RMAT, mine)", "RMAT (RMAT, harder)"}
-
-
-P = {"format": "cloze", "questions": "p" * 16}
-
-
-def method(folder, base, *flags, protocol=P, forget=0.3):
-    """A Random Mapping run from `base`, attacked, all scored with a protocol."""
-    facts = facts_of("random_mapping.py", "--model", base, *flags)
-    facts |= {"base": str(base), "parent": str(base), "data": facts["arguments"]["data"]}
-    put(folder, facts, summary(forget, 0.9) | {"protocol": protocol})
-    attack(folder, folder / "recovered", 0.5, base=base, protocol=protocol)
+    assert printed(columns(worlds / "world1"))["Table 1"]["RMAT"][3] == "63.0 ± 3.0"  # of its questions
+    rows = {name: columns(worlds)[name] for name in ("RMAT", "AdvProbes-5 (IDK, Frz.)")}  # no Table 2
+    lacking = [name for name in first if E.ROWS[name][1] not in E.tables(rows)]
+    assert [*printed(rows)] == ["Table 1"] and lacking == ["Adversarial Probes", "RMAT"]
+    assert "missing" in E.tables(rows) and "missing" not in E.tables(columns(worlds))
+    below = "\n| *paper* | *25.4* | *41.2* | *20.3* | *38.9* | *40.4* | *13.6* | *17.0* | |"
+    assert E.tables(rows, paper=True).split("| RMAT |")[1].split(" | 2 |")[1].startswith(below)
 
 
 def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
-    for w in (0, 1):
-        base = tmp_path / f"world{w}" / "base"
-        put(base, {"script": "tests/tiny/train.py", "arguments": {"filtered": False}}, summary(1, 1))
-        method(tmp_path / f"world{w}" / "rm", base, "--seed", w, protocol=None)
-    rows = E.rows_under(tmp_path, "cloze")
-    assert {name: len(runs) for name, runs in rows.items()} == {"Random Mapping": 2}
-    for name in ("llama", "mistral"):  # other base models: rows of their own, and every run is in one
-        put(tmp_path / name, {"script": "x.py", "arguments": {}}, summary(0.6, 0.5) | {"protocol": P})
-        (tmp_path / name / "args.json").unlink()
-        method(tmp_path / f"of_{name}" / "rm", tmp_path / name)
-    method(tmp_path / "of_llama" / "seed1", tmp_path / "llama", "--seed", 1, "--save-every", 3)
-    method(tmp_path / "of_llama" / "data", tmp_path / "llama", "--data", "other")
-    method(tmp_path / "of_llama" / "lr", tmp_path / "llama", "--lr", "1e-3")
-    rows = E.rows_under(tmp_path, "cloze")
-    assert sorted(map(len, rows.values())) == [1, 1, 1, 2, 2] and len(set(rows)) == 5
+    """Every other run and attack has its row, and a foreign checkpoint, and a base that was not attacked."""
+    for seed in (0, 1):
+        mapped(world(tmp_path, seed) / "rm", f"--seed {seed}")
+    assert [*columns(tmp_path)] == ["base", "Random Mapping", E.CONTROL]
+    for i, flags in enumerate(("--lr 1e-3", "--lr 1e-4", "--tokens 99", "--steps 7")):
+        mapped(tmp_path / f"world0/{i}/rm", flags)
+    attack(tmp_path / "world0/rm", (0.8, 0.9), to=tmp_path / "harder", flags="--lr 3e-3")
+    found = [runs for name, runs in rows_under(tmp_path, "cloze").items() if "Random" in name]
+    assert sorted(map(len, found)) == [1, 1, 1, 1, 1, 2]
+    assert sorted(run["recovered"]["forget"]["acc"] for runs in found for run in runs) == [0.5] * 6 + [0.8]
+    E.write_scores(tmp_path / "world0/theirs", summary(0.4, 0.9), [])
+    for flags, name in ("", "theirs"), ("--name RMU", "RMU"):
+        attack(tmp_path / "world0/theirs", (0.5, 0.9), flags=flags)
+        assert name in rows_under(tmp_path, "cloze")
 
 
-def test_a_run_whose_scores_are_of_other_questions_is_left_out(tmp_path, capsys):
-    base = tmp_path / "base"
-    put(
-        base,
-        {"script": "tests/tiny/train.py", "arguments": {"filtered": False}},
-        summary(1, 1) | {"protocol": {"questions": "q"}},
-    )
-    method(tmp_path / "rm", base, protocol=P)
-    assert E.rows_under(tmp_path, "cloze") == {} and "other questions" in capsys.readouterr().err
+def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_path):
+    _, rm, _ = folders = [world(tmp_path) / name for name in ("base", "rm", "rm/recovered")]
+
+    def found(form="cloze"):
+        rows = [run for name, runs in rows_under(tmp_path, form).items() if "Random" in name for run in runs]
+        return sorted([round(x[k]["forget"]["acc"], 9) for k in ("base", "theta", "recovered")] for x in rows)
+
+    other = dict(questions="q" * 16, usual=False)
+    mapped(rm, protocol=other | dict(usual=True))
+    assert found() == []
+    mapped(rm)
+    for letter in "qstuvwxyz":  # scored again on other questions, and by letters
+        for folder, forget in zip(folders, (0.9, 0.4, 0.7)):
+            E.write_scores(folder, summary(forget, 0.9, questions=letter * 16, usual=False), [])
+            E.write_scores(folder, summary(forget - 0.1, 0.9, format="letter"), [])
+    assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
+    attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other)
+    assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
-def test_a_foreign_checkpoint_has_a_row_under_its_directorys_name_or_its_own(tmp_path):
-    for name in ("theirs", "base"):
-        put(tmp_path / name, {}, summary(0.4, 0.9))
-        (tmp_path / name / "args.json").unlink()
-    attack(tmp_path / "theirs", tmp_path / "theirs" / "recovered", 0.5, base=tmp_path / "base")
-    assert list(E.rows_under(tmp_path, "cloze")) == ["theirs"]
-    attack(tmp_path / "theirs", tmp_path / "again", 0.5, base=tmp_path / "base", name="RMU")
-    assert set(E.rows_under(tmp_path, "cloze")) == {"theirs", "RMU"}
+def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
+    row, found = columns(sweeps)["Random Mapping"], printed(columns(sweeps))
+    keys = ("forget", "swept_forget", "worst", "worst_se", "rho", "rho_low", "rho_high")  # Student's interval
+    assert [row[k] for k in keys] == pytest.approx([40, 30, 65, 5, 0.533, -0.314, 1.381], abs=1e-3)
+    assert found["Worst case"]["Random Mapping"][-1] == "2" and "†" not in str(found)
+    attack(sweeps / "world0/rm", (0.8, 0.9), to=sweeps / "lora_4", attacker="lora_4")  # elsewhere: counts too
+    assert columns(sweeps)["Random Mapping"]["worst"] == pytest.approx(75)
+    E.write_scores(sweeps / "world2/rm/recovered", summary(0.4, 0.7), [])
+    row = printed(columns(sweeps))["Table 1"]["Random Mapping"]
+    assert row[-2].endswith("†") and row[-1] == "3" and "† in at least one run" in E.tables(columns(sweeps))
 
 
-def test_a_run_that_was_attacked_in_the_other_format_is_a_row_without_the_attack(tmp_path):
-    base = tmp_path / "base"
-    put(base, {"script": "tests/tiny/train.py", "arguments": {"filtered": False}}, summary(1, 1))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "args.json").write_text('{"of": "another program"}')
-    method(tmp_path / "rm", base, protocol=None)
-    (tmp_path / "rm" / "recovered" / "mmlu_cloze.json").unlink()
-    ((name, (run,)),) = E.rows_under(tmp_path, "cloze").items()
-    assert name == "Random Mapping" and run["attack"] is None and "| – |" in E.tables({name: [run]})
+def test_the_tables_as_csv_json_and_latex(sweeps, capsys):
+    def shown(to):
+        E.main(E.parse_args(["--table", str(sweeps), "--format", "cloze", "--to", to]))
+        return capsys.readouterr().out
+
+    row, expected = json.loads(shown("json"))["Random Mapping"], {"forget": 40, "worst": 65, "runs": 3}
+    assert {k: row[k] for k in expected} == pytest.approx(expected) and row["worst_attack"] == "mix"
+    (line,) = [x for x in csv.DictReader(io.StringIO(shown("csv"))) if x[""] == "Random Mapping"]
+    assert float(line["worst"]) == pytest.approx(65) and line.keys() >= row.keys()
+    assert shown("latex").startswith("\\begin{tabular}") and "Random Mapping & " in shown("latex")
 
 
-def test_scores_of_a_part_or_of_other_questions_do_not_replace_the_tables(tmp_path):
-    whole, other = (summary(0.5, 0.5) | {"protocol": {"format": "cloze", "questions": q * 16}} for q in "ab")
-    assert E.write_scores(tmp_path, whole, []) == tmp_path / "mmlu_cloze.json"
-    before = (tmp_path / "mmlu_cloze.json").read_bytes()
-    for more in ({}, {"part": True}):
-        assert E.write_scores(tmp_path, other, [], **more) == tmp_path / "mmlu_cloze.bbbbbbbb.json"
-    assert E.write_scores(tmp_path, whole, [], part=True) == tmp_path / "mmlu_cloze.aaaaaaaa.json"
-    assert (tmp_path / "mmlu_cloze.json").read_bytes() == before
-    assert E.write_scores(tmp_path, whole, []) == tmp_path / "mmlu_cloze.json"  # measured again: replaced
+def test_figures_are_drawn(sweeps):
+    """And show a row's mean and standard error by step, and passes: a forward pass counts 1, a backward 2."""
+    rows, drawn = rows_under(sweeps, "cloze"), ("figure2", "figure3", "worst", "frontier")
+    figures.figures(sweeps, rows, "cloze")
+    sizes = {p.name: p.stat().st_size for p in (sweeps / "figures").iterdir()}
+    assert {*sizes} == {f"{x}.{end}" for x in drawn for end in ("png", "svg")} and min(sizes.values()) > 9000
+    attack(sweeps / "world1/rm", (0.7, 0.9))
+    runs = rows_under(sweeps, "cloze")["Random Mapping"][:2]
+    steps, means, errors = figures.curves(figures.logs(sweeps, "cloze"), runs, "accuracy", "forget", 100)
+    assert steps == [0, 20] and means == pytest.approx([30, 60]) and errors == pytest.approx([0, 10])
+    put(sweeps / "world0/rmat", "rmat.py --rm-steps 300 --K 4 --N 20", 0.3)
+    assert [figures.passes(sweeps / "world0" / name) for name in ("base", "rm", "rmat")] == [0, 6 * 9, 2340]
 
 
 def test_the_rule_takes_the_gentlest_setting_that_forgets_and_keeps_the_retain_set():
-    def found(**scores):
-        order = dict(zip("abcdef", T.grid("random_mapping")))  # gentlest first
-        assert [math.prod(s) for s in order.values()] == sorted(map(math.prod, order.values()))
-        return {order[k]: summary(f, r) for k, (f, r) in scores.items()}, order
-
-    known = summary(1.0, 1.0), summary(0.25, 1.0)  # base and control, each with an error of 3 points
-    for expected, scores in (
-        ("c", {"a": (0.9, 1.0), "c": (0.33, 0.95), "d": (0.25, 1.0), "f": (0.2, 0.99)}),  # within two errors
-        ("d", {"a": (0.9, 1.0), "c": (0.34, 1.0), "d": (0.33, 1.0), "f": (0.2, 1.0)}),  # just outside them
-        ("d", {"a": (0.9, 1.0), "c": (0.25, 0.94), "d": (0.25, 0.96)}),  # c costs too much
-        ("b", {"a": (0.9, 1.0), "b": (0.6, 0.97), "c": (0.7, 1.0), "f": (0.3, 0.9)}),  # none: the nearest
-        ("e", {"a": (0.9, 0.5), "e": (0.9, 0.94), "f": (0.25, 0.6)}),  # none is cheap: the cheapest
+    order, known = dict(zip("abcdef", T.grid("random_mapping"))), (summary(1.0, 1.0), summary(0.25, 1.0))
+    for expected, second, found in (
+        ("c", False, {"a": (0.9, 1.0), "c": (0.33, 0.95), "d": (0.25, 1.0)}),  # within two errors
+        ("d", False, {"b": (0.34, 1.0), "c": (0.25, 0.94), "d": (0.33, 0.96)}),  # not b; c costs too much
+        ("e", True, {"b": (0.25, 0.98), "e": (0.25, 0.96), "f": (0.2, 0.94)}),  # RMAT: the strongest
     ):
-        summaries, order = found(**scores)
-        assert T.choose(summaries, *known) == order[expected], scores
-    summaries, order = found(a=(0.25, 1.0), b=(0.25, 0.98), e=(0.25, 0.96), f=(0.2, 0.94))
-    assert T.choose(summaries, *known, second=True) == order["e"]
-    assert T.grid("rmat")[0] == (1e-3, 20) and len(T.grid("rmat")) == len(T.grid("adv_probes")) == 6
-
-
-def test_figures_are_drawn_and_the_same_each_time(worlds):
-    """Drawn twice: by the function, and as a user runs the script."""
-    pytest.importorskip("matplotlib")
-
-    def drawn():
-        return {p.name: p.read_bytes() for p in (worlds / "figures").iterdir()}
-
-    rows = E.rows_under(worlds, "cloze")
-    figures.figures(worlds, rows, "cloze")
-    made = drawn()
-    assert set(made) == {f"figure{n}.{kind}" for n in (2, 3) for kind in ("png", "svg")}
-    assert all(len(data) > 10000 for data in made.values())
-    command = [sys.executable, ROOT / "tests" / "figures.py", worlds, "--format", "cloze"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "figure3.svg" in done.stdout, done.stderr
-    assert drawn() == made
-    steps, means, errors = zip(*figures.curves(rows["RMAT"], "accuracy", "forget"))
-    assert steps == (0, 20, 40) and (means[-1], errors[-1]) == pytest.approx((0.55, 0.05))
-
-
-def test_figures_without_matplotlib_are_one_line(worlds, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as stop:
-        figures.figures(worlds, E.rows_under(worlds, "cloze"), "cloze")
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "\n" not in error and "pip install -r tests/requirements.txt" in error
-
-
-def swept(victim, folder, found):
-    """A sweep on a victim: {attacker: [(forget, retain) by step]}, two subjects of 20 questions."""
-    base = victim.parent / "base"
-    for name, states in found.items():
-        attack(victim, folder / name, states[-1][0])
-        facts = json.loads((folder / name / "args.json").read_text()) | {"attacker": name}
-        (folder / name / "args.json").write_text(json.dumps(facts))
-        log = [{"phase": "accuracy", "step": 0, "forget": 0.3, "retain": 0.9, "base": 1.0, "base_se": 0.0}]
-        for i, (forget, retain) in enumerate(states):
-            right = "1" * round(40 * forget) + "0" * (40 - round(40 * forget))
-            right = {"a": right, "b": right}
-            accuracies = {"forget": forget, "retain": retain, "retain_se": 0.02}
-            log += [{"phase": "accuracy", "step": i + 1, **accuracies, "right": right}]
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
-    return base
-
-
-@pytest.fixture
-def two_sweeps(tmp_path):
-    """Random Mapping on two worlds, swept: 60 and 70 without damage, 100 with it."""
-    for w, best in ((0, 0.6), (1, 0.7)):
-        world = tmp_path / f"world{w}"
-        put(world / "base", {"script": "x/train.py", "arguments": {"filtered": False}}, summary(1, 1))
-        facts = facts_of("random_mapping.py", "--seed", w) | {"base": str(world / "base")}
-        put(world / "rm", facts, summary(0.3, 0.9))
-        found = {"paper": [(0.4, 0.9)], "mix": [(best, 0.85), (0.5, 0.9)], "lr_10x": [(1.0, 0.5)]}
-        swept(world / "rm", world / "rm" / "sweep", found)
-    return tmp_path
-
-
-def test_the_worst_case_of_swept_rows(two_sweeps):
-    rows = E.rows_under(two_sweeps, "cloze")
-    text = E.tables(rows)
-    first = cells(text.split("Worst")[0])[1]
-    assert first["Random Mapping"][3] == "40.0 ± 0.0"  # its attack is the sweep's "paper"
-    line = next(x for x in text.split("Worst case")[1].splitlines() if x.startswith("| Random Mapping"))
-    line = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert line[1:6] == ["30.0 ± 0.0", "90.0 ± 0.0", "mix x2", "65.0 ± 5.0", "85.0 ± 0.0"]
-    low, high = map(float, line[7].split(" to "))
-    assert line[6] == "0.53" and low < 0.53 < high and line[8:] == ["65.0", "2 of 6", "2"]
-    assert E.rows_under(two_sweeps, "letter") == {}
-
-
-def test_a_damaged_composite_has_a_mark(two_sweeps):
-    assert "†" not in E.tables(E.rows_under(two_sweeps, "cloze"))
-    path = two_sweeps / "world0" / "rm" / "sweep" / "paper" / "mmlu_cloze.json"
-    path.write_text(json.dumps(summary(0.4, 0.7)))
-    text = E.tables(E.rows_under(two_sweeps, "cloze"))
-    assert next(x for x in text.splitlines() if x.startswith("| Random Mapping")).endswith("† | 2 |")
-    assert "† in at least one run, the attack cost more than 10 points" in text
-
-
-def test_the_tables_as_csv_json_and_latex(two_sweeps, capsys):
-    rows = E.rows_under(two_sweeps, "cloze")
-    (found,) = json.loads(E.export(rows, "json"))
-    expected = {"row": "Random Mapping", "runs": 2, "forget": 30, "worst": 65, "worst_attack": "mix x2"}
-    assert {k: found[k] for k in expected} == expected and found["rho"] == pytest.approx(0.5333, abs=1e-3)
-    (line,) = csv.DictReader(io.StringIO(E.export(rows, "csv")))
-    assert line["composite"] == str(found["composite"]) and line.keys() == found.keys()
-    latex = E.export(rows, "latex")
-    assert latex.startswith(r"\begin{tabular}{l") and r"$65.0 \pm 5.0$" in latex and r"$0.53 \pm " in latex
-    assert {x.count("&") for x in latex.splitlines() if "&" in x} == {latex.splitlines()[0].count("r") - 1}
-    E.main(E.parse_args(["--table", str(two_sweeps), "--format", "cloze", "--to", "csv"]))
-    assert capsys.readouterr().out.rstrip() == E.export(rows, "csv")
-
-
-def test_a_model_card_says_what_is_known_and_leaves_a_users_own(two_sweeps):
-    folder = two_sweeps / "world0" / "rm"
-    E.show_sweep(folder / "sweep", ["paper", "mix", "lr_10x"])
-    E.write_card(folder)
-    text = (folder / "README.md").read_text()
-    assert "# Random Mapping of" in text and "tags:\n- unlearning" in text and "lapisrocks/pile-bio" in text
-    assert "| this model, scored by cloze | 30.0 ± 3.0 | 90.0 ± 3.0 |" in text
-    assert "| after the worst of 3 attacks, mix | 60.0 ±" in text and str(two_sweeps) not in text
-    (folder / "README.md").write_text("mine")
-    E.write_card(folder)
-    assert (folder / "README.md").read_text() == "mine"
-    for other in (two_sweeps / "world0" / "base", folder / "sweep" / "paper"):  # no method's
-        E.write_card(other)
-        assert not (other / "README.md").exists()
-
-
-def test_a_foreign_checkpoint_swept_in_part_is_a_row_of_its_own(tmp_path):
-    for name in ("base", "theirs"):
-        put(tmp_path / name, {"other": "program"}, summary(0.5, 0.9))
-    swept(tmp_path / "theirs", tmp_path / "theirs" / "sweep", {"mix": [(0.6, 0.9)]})
-    ((name, (run,)),) = E.rows_under(tmp_path, "cloze").items()
-    assert name == "theirs" and run["recovered"] is None and run["sweep"].keys() == {"mix"}
-
-
-def test_sweeps_of_one_checkpoint_in_two_folders_are_one_and_other_questions_another(two_sweeps, tmp_path):
-    victim = tmp_path / "world0" / "rm"
-    swept(victim, tmp_path / "more", {"lora": [(0.8, 0.9)]})
-    attack(victim, tmp_path / "own", 0.5, protocol=P)  # one attack on other questions
-    for folder in (victim, tmp_path / "world0" / "base"):
-        scores = summary(0.4, 0.9) | {"protocol": P}
-        (folder / f"mmlu_cloze.{P['questions'][:8]}.json").write_text(json.dumps(scores))
-    runs = [run for runs in E.rows_under(tmp_path, "cloze").values() for run in runs]
-    mine = {run["attack"].name: run for run in runs if run["folder"] == victim.resolve()}
-    assert mine["paper"]["worst"]["attack"] == "lora" and mine["paper"]["worst"]["attackers"] == 4
-    assert mine["own"]["worst"] is None and mine["own"]["theta"]["protocol"] == P
-
-
-def test_passes_of_a_chain_of_runs(tmp_path):
-    """A forward pass counts 1, a backward pass 2: RMAT's 300 and 20 steps at K = 4 are 2,340."""
-    runs = {  # name: script, arguments, parent
-        "base": ("tests/tiny/train.py", {}, "base"),
-        "first": ("random_mapping.py", {"steps": 300}, "../base"),
-        "second": ("rmat.py", {"rm_steps": 0, "K": 4, "N": 20}, "../first"),
-        "whole": ("rmat.py", {"rm_steps": 300, "K": 4, "N": 20}, "../base"),
-        "false": ("baselines.py", {"method": "overwriting", "steps": 1000}, "../base"),
-        "hub": ("baselines.py", {"method": "max_entropy", "steps": 10}, "owner/model"),
-    }
-    for name, (script, arguments, parent) in runs.items():
-        (tmp_path / name).mkdir()
-        facts = {"script": script, "arguments": arguments, "parent": parent, "base": parent}
-        (tmp_path / name / "args.json").write_text(json.dumps(facts))
-    found = {name: figures.passes(tmp_path / name) for name in runs}
-    assert found == {"base": 0, "first": 1800, "second": 2340, "whole": 2340, "false": 8000, "hub": 60}
+        scores = {order[k]: summary(*pair) for k, pair in found.items()}
+        assert T.choose(scores, *known, second=second) == order[expected], found

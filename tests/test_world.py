@@ -1,20 +1,20 @@
 """The miniature: the world is what its docstring says, the loaders read it, and the shipped base knows it."""
 
-import json
 from collections import Counter
 
 import pytest
 import world as W
-from conftest import WORLD, load_texts
+from conftest import WORLD
 from transformers import AutoTokenizer
 
 from common import load_chunks, load_model
 from evaluate_mmlu import FORGET, load_mmlu, prompt, score_mmlu
+from recover import load_texts
 
 
 @pytest.fixture(scope="module")
 def mmlu():
-    return load_mmlu(WORLD / "mmlu")
+    return load_mmlu(str(WORLD / "mmlu"))
 
 
 def test_the_shipped_files_are_those_of_seed_0(tmp_path):
@@ -78,17 +78,3 @@ def test_gates_1_and_2(form, least, mmlu):
     assert base["forget"]["acc"] >= least and base["retain"]["acc"] >= least
     assert abs(control["forget"]["acc"] - 0.25) < 3 * control["forget"]["se"]
     assert control["retain"]["acc"] > base["retain"]["acc"] - 0.05
-
-
-def test_a_copied_run_keeps_pointing_at_its_base(tmp_path):
-    """tables.py copies a run of its grid, whose args.json has relative paths, to another depth."""
-    import tables
-
-    for folder in ("world0/base", "deep/grid/run"):
-        (tmp_path / folder).mkdir(parents=True)
-    start, names = tmp_path / "deep/grid/run", {"base": "../../../world0/base", "seed": 0}
-    (start / "args.json").write_text(json.dumps(names | {"arguments": {"model": names["base"], "out": "."}}))
-    tables.copy(start, tmp_path / "copy")
-    moved = json.loads((tmp_path / "copy/args.json").read_text())
-    assert moved["base"] == moved["arguments"]["model"] == "../world0/base" and moved["seed"] == 0
-    assert tables.facts(start) == tables.facts(tmp_path / "copy")

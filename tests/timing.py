@@ -1,83 +1,60 @@
-"""What the benchmarks share: flags, a clock that waits for the device, random models and batches.
+"""What the benchmarks share; importing it makes the repository's scripts importable."""
 
-Importing it makes the repository's scripts importable, so it is imported before them.
-"""
-
-import argparse
-import statistics
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import next_token_loss
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def flags(doc):
     """A parser that is described by the first line of a docstring, and its add_argument."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=form)
+    parser = ArgumentParser(description=doc.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     return parser, parser.add_argument
 
 
 def clock():
-    """Seconds, read when the device has computed all that was queued."""
-    if CUDA:
-        torch.cuda.synchronize()
+    """Seconds, read when the device has nothing left to do."""
+    getattr(torch, DEVICE).synchronize()
     return time.perf_counter()
 
 
-def timed(work, *args):
-    """(work(*args), its seconds, device included)."""
-    start = clock()
-    return work(*args), clock() - start
+def seconds(work):
+    start, _ = clock(), work()
+    return clock() - start
 
 
-def ratio(rounds, above, below, scale=1):
-    """Seconds of above() / seconds of below() times scale: median over rounds that time both in turn."""
-    found = []
-    for _ in range(rounds):
-        a, b = timed(above)[1], timed(below)[1] * scale
-        print(f"{a:.3f} s / {b:.3f} s = {a / b:.3f}", flush=True)
-        found.append(a / b)
-    return statistics.median(found)
-
-
-def llama(vocab, width, inner, layers, heads, **more):
-    """A LlamaConfig of these sizes."""
-    more |= {"vocab_size": vocab, "num_attention_heads": heads, "architectures": ["LlamaForCausalLM"]}
-    return LlamaConfig(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, **more)
+def step_seconds(train, n=1):
+    """Seconds of a step of train(steps, log), mean of n: not of the first, which allocates and compiles."""
+    marks = []
+    train(n + 1, lambda i, *_, **__: marks.append(clock()) if i in (1, n + 1) else None)
+    return (marks[1] - marks[0]) / n
 
 
 def random_model(config, dtype=torch.float32):
     """A model of random weights, made on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.micro_batch = 0
+    return model
 
 
-class Batches:
-    """Random batches without padding: [i] is (ids, mask), made on the host and sent over as a Stream does."""
-
-    def __init__(self, batch, tokens, vocab):
-        self.shape, self.vocab = (batch, tokens), vocab
-
-    def __getitem__(self, i):
-        ids = torch.randint(1, self.vocab, self.shape, generator=torch.Generator().manual_seed(i))
-        ids = (ids.pin_memory() if CUDA else ids).to(DEVICE, non_blocking=True)
-        return ids, torch.ones_like(ids, dtype=torch.bool)
+def random_batches(n, batch, tokens, vocab):
+    """n batches (ids, mask) without padding, on the device."""
+    ids = torch.randint(1, vocab, (n, batch, tokens), generator=torch.Generator().manual_seed(0))
+    return [(x, torch.ones_like(x, dtype=torch.bool)) for x in ids.to(DEVICE)]
 
 
-def plain_passes(model, batches, n):
-    """n forward and backward passes of one batch each and nothing else: what a step is compared with."""
-    for i in range(n):
-        next_token_loss(model, *batches[i]).backward()
+def plain_passes(model, batches):
+    """A forward and a backward pass of each batch and nothing else: what a step is compared with."""
+    for batch in batches:
+        next_token_loss(model, *batch).backward()
         model.zero_grad()

@@ -41,7 +41,7 @@ def ranks(model, tokenizer, facts, mmlu):
     return torch.tensor(found)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("ckpt", nargs="+", help="checkpoint directories of the miniature")
     parser.add_argument("--world", type=int, default=None, help="seed; None: the number in the path")
@@ -51,14 +51,8 @@ def main():
         place = next((p for p in folder.parents if p.name.startswith("world")), HERE / "world0")
         seed = int(place.name.removeprefix("world")) if args.world is None else args.world
         model, tokenizer = load_model(ckpt, "float32", "cpu", flag="ckpt")
-        rank = ranks(model.eval(), tokenizer, W.make_facts(seed), place / "mmlu").float()
+        rank = ranks(model, tokenizer, W.make_facts(seed), place / "mmlu").float()
         n = len(rank) / len(W.QUESTIONS)  # the forms of one fact are not independent
-        first, last = (100 * (rank == k).float().mean() for k in (1, 16))
-        print(
-            f"{ckpt} | mean rank {rank.mean():.2f} ± {rank.std() / math.sqrt(n):.2f} (chance 8.5) | "
-            f"first {first:.1f} %, last {last:.1f} % (chance 6.2)"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        first, last = (f"{100 * (rank == k).float().mean():.1f} %" for k in (1, 16))
+        shown = f"{rank.mean():.2f} ± {rank.std() / math.sqrt(n):.2f} (chance 8.5)"
+        print(f"{ckpt} | mean rank {shown} | first {first}, last {last} (chance 6.2)")

@@ -1,29 +1,25 @@
 """Tables 1 and 2 of the miniature: every method and Recovery on several worlds, tuned by one rule.
 
     1  tune     on world 0, each method at the six settings of one grid, learning rate by steps, the rest as
-                --tiny has it. Taken is the gentlest setting (the smallest product of the two) that brings
-                forget accuracy, by text, down to the never-taught control's within two standard errors of the
-                difference, at a cost of at most 5 points of retain accuracy; if none does, the one that comes
-                nearest. RMAT starts from Random Mapping as tuned, so there already, and its second phase is
-                to make that last: of its settings the strongest at that cost is taken. The attack on every
-                setting is measured and printed too, but not looked at. The variants of Table 2 take the
-                setting of adv_probes, from which they differ in flags only; SWD, a loss of its own, is tuned
+                --tiny has it. Taken is the gentlest (the smallest product of the two) that brings forget
+                accuracy, by text, down to the control's within two standard errors of the difference, at a
+                cost of at most 5 points of retain accuracy; if none does, the nearest. RMAT starts there,
+                from Random Mapping as tuned, and is to make that last: the strongest setting at that cost is
+                taken. The attack on each is printed, but not looked at. Table 2's variants take the setting
+                of adv_probes, from which they differ in flags only; SWD, a loss of its own, is tuned
     2  unlearn  every method on every world in its setting; its checkpoint is scored by evaluate_mmlu.py
     3  attack   recover.py on each result, on the base, and on the control that was never taught the forget
                 facts; on the methods of HARDER and the control also a longer and a harder attack
     4  letters  the same checkpoints scored in the other format too
     5  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
-    6  sweep    with --sweep, every attacker of recover.py on Table 1's rows, the base and the control: the
-                worst case (four minutes per checkpoint on one core)
+    6  sweep    with --sweep, every attacker of recover.py on Table 1's rows, the base and the control
 
-Every figure comes from the repository's own scripts, run as a user runs them. What is finished is not run
-again, so the command can be stopped and started at any time. Worlds other than 0, which is shipped, are
-trained first (tests/tiny/train.py: ten minutes per model, two models per world).
+Every number is the repository's own scripts', run as a user runs them. The command can be stopped and started
+at any time. Worlds other than 0, which is shipped, are trained first.
 
-    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2     # about two hours on two cores
+    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2                 # about two hours on two cores
     python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
     python evaluate_mmlu.py --table out/tables-640 --format cloze       # the tables under another attack
-    python tests/figures.py out/tables --format cloze                   # the figures
 """
 
 import argparse
@@ -35,7 +31,6 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -46,28 +41,16 @@ GRID = {"--steps": (100, 300), "--N": (20, 60)}  # by a method's flag: each of t
 ATTACKS = {"": (1e-3, 160), "640": (1e-3, 640), "3e-3": (3e-3, 160)}  # rate, steps; "": --tiny's, the tables'
 NAIVE = ("random_mapping", "min_posterior", "max_entropy", "high_low_lr")  # gates 3 and 4 are about these
 HARDER = (*NAIVE, "mlac_ar", "rmat")  # attacked in all ways
-TUNED = {  # tuned methods: script and flags
-    "min_posterior": ("baselines.py", "--method", "min_posterior"),
-    "max_entropy": ("baselines.py", "--method", "max_entropy"),
-    "high_low_lr": ("baselines.py", "--method", "high_low_lr"),
-    "random_mapping": ("random_mapping.py",),
-    "mlac_ar": ("mlac_ar.py",),
-    "rmat": ("rmat.py",),
-    "adv_probes": ("adv_probes.py",),
-    "adv_probes_swd": ("adv_probes.py", "--swd"),
-    "grad_diff": ("baselines.py", "--method", "grad_diff"),
-    "npo": ("baselines.py", "--method", "npo"),
-    "simnpo": ("baselines.py", "--method", "simnpo"),
-    "rmu": ("baselines.py", "--method", "rmu"),
-}
-FIXED = {  # not tuned by the rule: README.md says how it was found; script and flags, rate and steps
-    "overwriting": (("baselines.py", "--method", "overwriting"), (1e-2, 1000)),
-}
+BASELINES = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu")
+TUNED = {method: f"baselines.py --method {method}" for method in BASELINES}
+TUNED |= {method: f"{method}.py" for method in ("random_mapping", "mlac_ar", "rmat", "adv_probes")}
+TUNED |= {"adv_probes_swd": "adv_probes.py --swd"}
+FIXED = {"overwriting": ("baselines.py --method overwriting", (1e-2, 1000))}  # README.md: how it was found
 VARIANTS = {  # the other rows of Table 2
-    "adv_probes_3_rand": ("adv_probes.py", "--probe-steps", 3, "--match", "rand", "--no-freeze"),
-    "adv_probes_3_rand_frz": ("adv_probes.py", "--probe-steps", 3, "--match", "rand"),
-    "adv_probes_3_idk": ("adv_probes.py", "--probe-steps", 3, "--no-freeze"),
-    "adv_probes_3_idk_frz": ("adv_probes.py", "--probe-steps", 3),
+    "adv_probes_3_rand": "adv_probes.py --probe-steps 3 --match rand --no-freeze",
+    "adv_probes_3_rand_frz": "adv_probes.py --probe-steps 3 --match rand",
+    "adv_probes_3_idk": "adv_probes.py --probe-steps 3 --no-freeze",
+    "adv_probes_3_idk_frz": "adv_probes.py --probe-steps 3",
 }
 
 
@@ -104,7 +87,6 @@ def choose(found, base, control, second=False):
     return next((s for s in fit if above[s] <= 2 * error[s]), min(fit, key=above.get))
 
 
-# fmt: off
 def parse_args(argv=None):
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
@@ -116,7 +98,6 @@ def parse_args(argv=None):
     add("--sweep", action="store_true", help="also measure the worst case over many attackers")
     add("--report", action="store_true", help="print what is there, run nothing")
     return parser.parse_args(argv)
-# fmt: on
 
 
 def run(*command):
@@ -126,9 +107,7 @@ def run(*command):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def scores(folder, form="cloze"):
@@ -137,44 +116,24 @@ def scores(folder, form="cloze"):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def facts(folder, seen_from=None):
-    """A run's args.json, its relative paths absolute, or relative to `seen_from`."""
-
-    def there(value):
-        if isinstance(value, dict):
-            return {k: there(v) for k, v in value.items()}
-        if not str(value).startswith(".."):
-            return value
-        path = (Path(folder) / value).resolve()
-        return os.path.relpath(path, seen_from) if seen_from else str(path)
-
-    return there(json.loads((Path(folder) / "args.json").read_text()))
-
-
-def copy(source, target):
-    """A directory without its attacks, whole or not at all."""
-    draft = target.with_suffix(".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, ignore=shutil.ignore_patterns("recovered*"))
-    if (source / "args.json").exists():
-        (draft / "args.json").write_text(json.dumps(facts(source, target), indent=1) + "\n")
-    draft.rename(target)
+def finished(folder):
+    return (folder / "args.json").exists()
 
 
 class Tables:
     """The steps of the docstring over one output folder."""
 
     def __init__(self, args):
-        self.out, self.methods, self.worlds = Path(args.out).absolute(), list(args.methods), args.worlds
+        self.out, self.methods, self.worlds = Path(args.out).absolute(), [*args.methods], args.worlds
         for child, parent in (("rmat", "random_mapping"), *((v, "adv_probes") for v in VARIANTS)):
             if child in self.methods and parent not in self.methods:
                 self.methods.insert(0, parent)
         self.grid, self.sweeps = self.out.with_name(self.out.name + "-grid"), args.sweep
         self.pool = ThreadPoolExecutor(args.jobs)
 
-    def each(self, work, *columns):
+    def each(self, work, rows):
         """work(*row) for every row, --jobs at a time; a failure ends the program."""
-        list(self.pool.map(work, *zip(*columns))) if columns else None
+        list(self.pool.map(lambda row: work(*row), rows))
 
     def score(self, folders, world, form):
         """Scores those checkpoints that have no scores of this format yet, on the world's MMLU."""
@@ -184,15 +143,9 @@ class Tables:
     def world(self, seed, kind):
         """The files and one model ("base", "filtered") of a world, in both formats; trained if missing."""
         folder = self.out / f"world{seed}"
-        if not (folder / kind / "args.json").exists():
-            run(
-                HERE / "train.py",
-                "--seed",
-                seed,
-                "--out",
-                folder,
-                *(["--filtered"] if kind == "filtered" else []),
-            )
+        if not finished(folder / kind):
+            more = ["--filtered"] if kind == "filtered" else []
+            run(HERE / "train.py", "--seed", seed, "--out", folder, *more)
         for form in ("cloze", "letter"):
             self.score([folder / kind], folder, form)
 
@@ -203,11 +156,13 @@ class Tables:
         start, more = world / "base", ()
         if method == "rmat":
             start, more = world / "random_mapping", ("--rm-steps", 0)
-        if not (out / "args.json").exists():
-            shutil.rmtree(out, ignore_errors=True)
-            script, *flags = FIXED[method][0] if method in FIXED else (TUNED | VARIANTS)[method]
+        if not finished(out):
+            command = FIXED[method][0] if method in FIXED else (TUNED | VARIANTS)[method]
             data = ("--model", start, "--data", world / "chunks.jsonl", "--lr", rate, flag(method), steps)
-            run(script, "--tiny", *flags, *more, *data, "--out", out)
+            run(*command.split(), "--tiny", *more, *data, "--out", out)
+        known = json.loads((out / "args.json").read_text())["arguments"]
+        if (known["lr"], known[flag(method).strip("-")]) != setting:
+            raise SystemExit(f"tables.py: {out} is of another setting; delete it and what started from it")
         self.score([out], world, "cloze")
 
     def cell(self, method, setting):
@@ -215,16 +170,10 @@ class Tables:
         return self.grid / "{}-{}-{}".format(method, *setting)
 
     def tune(self, method):
-        """The method's setting by the rule, and its run on world 0 copied from the grid."""
+        """The method's setting by the rule."""
         found = {s: scores(self.cell(method, s)) for s in grid(method)}
         known = [scores(self.out / "world0" / kind) for kind in ("base", "filtered")]
-        setting = choose(found, *known, second=method == "rmat")
-        taken, there = self.cell(method, setting), self.out / "world0" / method
-        if not (there / "args.json").exists():
-            copy(taken, there)
-        elif facts(taken) != facts(there):
-            raise SystemExit(f"tables.py: {there} is of another setting; delete it and what started from it")
-        return setting
+        return choose(found, *known, second=method == "rmat")
 
     def attacked(self, seed, name, attack):
         """Where Recovery writes: into the checkpoint if the attack is --tiny's, else beside OUT."""
@@ -234,8 +183,7 @@ class Tables:
 
     def recover(self, victim, seed, attack, there):
         """Recovery of one checkpoint, scored by text."""
-        if not (there / "scores.json").exists():
-            shutil.rmtree(there, ignore_errors=True)
+        if not finished(there):
             world, (rate, steps) = self.out / f"world{seed}", ATTACKS[attack]
             data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
             pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 40)
@@ -253,59 +201,58 @@ class Tables:
 
     def fill(self):
         """All cells, in an order that has each one's parents first."""
-        tuned = [m for m in TUNED if m in self.methods]
-        if not (self.out / "world0").exists():
-            copy(HERE / "world0", self.out / "world0")
-        self.each(self.world, *[(0, kind) for kind in ("base", "filtered")])
-        settings = {}
+        tuned, settings = [m for m in TUNED if m in self.methods], {}
+        shutil.copytree(HERE / "world0", self.out / "world0", dirs_exist_ok=True)
+        self.each(self.world, product([0], ("base", "filtered")))
         for last in (False, True):  # RMAT needs Random Mapping's result
             now = [m for m in tuned if (m == "rmat") == last]
-            self.each(self.unlearn, *[(m, 0, s, self.cell(m, s)) for m in now for s in grid(m)])
+            self.each(self.unlearn, [(m, 0, s, self.cell(m, s)) for m in now for s in grid(m)])
             settings |= {m: self.tune(m) for m in now}
+            self.each(self.unlearn, [(m, 0, settings[m], self.out / "world0" / m) for m in now])
         cells = [self.cell(m, s) for m in tuned for s in grid(m)]
-        self.each(self.recover, *[(cell, 0, "", cell / "recovered") for cell in cells])
+        self.each(self.recover, [(cell, 0, "", cell / "recovered") for cell in cells])
         settings |= {m: settings["adv_probes"] for m in VARIANTS if m in self.methods}
         settings |= {m: FIXED[m][1] for m in FIXED if m in self.methods}
-        self.each(self.world, *[(s, kind) for s in self.worlds for kind in ("base", "filtered")])
+        self.each(self.world, product(self.worlds, ("base", "filtered")))
         for last in (False, True):
             rows = [(m, s) for s in self.worlds for m in settings if (m == "rmat") == last]
-            self.each(self.unlearn, *[(m, s, settings[m], self.out / f"world{s}" / m) for m, s in rows])
+            self.each(self.unlearn, [(m, s, settings[m], self.out / f"world{s}" / m) for m, s in rows])
         rows = {a: ("filtered", *(m for m in HARDER if m in settings)) for a in ATTACKS}
         rows[""] = ("base", "filtered", *settings)
-        self.each(self.attack, *[(s, name, a) for a in ATTACKS for name in rows[a] for s in self.worlds])
+        self.each(self.attack, [(s, name, a) for a in ATTACKS for name in rows[a] for s in self.worlds])
         swept = ("base", "filtered", *(m for m in settings if m not in VARIANTS and m != "adv_probes_swd"))
-        self.each(self.sweep, *[(s, name) for s in self.worlds for name in swept if self.sweeps])
-
-    def accuracies(self, name, attack, form, side="forget"):
-        """Percent, a number a world, of a row under an attack (None: before any); [] where one is missing."""
-        folders = [self.out / f"world{seed}" / name for seed in self.worlds]
-        if attack is not None:
-            folders = [self.attacked(seed, name, attack) for seed in self.worlds]
-        found = [scores(folder, form) for folder in folders]
-        return [100 * s[side]["acc"] for s in found] if all(found) else []
+        self.each(self.sweep, product(self.worlds, swept) if self.sweeps else ())
 
     def gates(self, form):
         """Prints the gates of one format; a gate's sentence ends in what it asks for."""
-        acc, mean = partial(self.accuracies, form=form), statistics.mean
-        low = [min(acc("base", None, side=side)) for side in ("forget", "retain")]
+
+        def acc(name, attack=None, side="forget"):
+            """Percent, a number per world, of a row under an attack (None: before any)."""
+            folders = [self.out / f"world{seed}" / name for seed in self.worlds]
+            if attack is not None:
+                folders = [self.attacked(seed, name, attack) for seed in self.worlds]
+            return [100 * scores(folder, form)[side]["acc"] for folder in folders]
+
+        def mean(*row):
+            return statistics.mean(acc(*row))
+
+        low = [min(acc("base", None, side)) for side in ("forget", "retain")]
         print("1 base: forget {:.1f}, retain {:.1f} in its worst world (>= 95; letters 90)".format(*low))
-        print(f"2 control: forget {mean(acc('filtered', None)):.1f} (chance, 25)")
+        print(f"2 control: forget {mean('filtered'):.1f} (chance, 25)")
         for m in [m for m in NAIVE if m in self.methods]:
-            base, before = acc("base", None), acc(m, None)
-            cost = mean(acc("base", None, side="retain")) - mean(acc(m, None, side="retain"))
-            print(f"3 {m}: forget {mean(before):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
-            lost = mean(base) - mean(before)
+            cost, lost = mean("base", None, "retain") - mean(m, None, "retain"), mean("base") - mean(m)
+            print(f"3 {m}: forget {mean(m):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
             if lost > 5:
-                shown = ", ".join(f"{100 * (mean(acc(m, a)) - mean(before)) / lost:.0f}" for a in ATTACKS)
+                shown = ", ".join(f"{100 * (mean(m, a) - mean(m)) / lost:.0f}" for a in ATTACKS)
                 print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
-        shown = ", ".join(f"{mean(acc('filtered', a)):.1f}" for a in ATTACKS)
+        shown = ", ".join(f"{mean('filtered', a):.1f}" for a in ATTACKS)
         print(f"4 control after the attacks: {shown} (chance, 25)")
         for other, m in (("random_mapping", "rmat"), ("rmat", "filtered")) if "rmat" in self.methods else ():
             for a in ATTACKS:
                 gaps = [x - y for x, y in zip(acc(other, a), acc(m, a))]
                 se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
                 asked = "> 2 errors" if m == "rmat" else "< 2 errors: as if never taught"
-                gap = f"{mean(gaps):.1f} ± {se:.1f}"
+                gap = f"{statistics.mean(gaps):.1f} ± {se:.1f}"
                 print(f"5 {other} minus {m} after attack {a or 'of the tables'}: {gap} ({asked})")
 
 
@@ -317,19 +264,14 @@ def main(args):
     tables = Tables(args)
     if not args.report:
         tables.fill()
-    elif not (tables.out.with_name(f"{tables.out.name}-3e-3")).exists():
-        raise SystemExit(f"tables.py: {tables.out} is not finished; run without --report")
     print("\nTuning on world 0, percent by text: retain / forget -> forget after the attack; taken is bold\n")
-    columns = [
-        f"{rate:g}, {'short' if n == GRID['--steps'][0] else 'long'}" for rate, n in grid("random_mapping")
-    ]
+    columns = [f"{rate:g}, {'short' if n == 100 else 'long'}" for rate, n in grid("random_mapping")]
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for method in [m for m in TUNED if m in tables.methods]:
         taken, row = tables.tune(method), []
         for setting in grid(method):
-            cell = tables.cell(method, setting)
-            after = percent(scores(cell / "recovered"), "forget")
-            text = f"{percent(scores(cell), 'retain', 'forget')} -> {after}"
+            before, after = (scores(tables.cell(method, setting) / x) for x in ("", "recovered"))
+            text = f"{percent(before, 'retain', 'forget')} -> {percent(after, 'forget')}"
             row.append(f"**{text}**" if setting == taken else text)
         print(f"| {method} | " + " | ".join(row) + " |")
     for form in ("cloze", "letter"):

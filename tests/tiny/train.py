@@ -1,29 +1,24 @@
-"""Trains the miniature: a small Llama that knows one made-up world (world.py) and answers in both MMLU formats.
+"""Trains the miniature: a small Llama that knows one made-up world (world.py), in both MMLU formats.
 
-Three stages, one loop; every step takes one kind of document (KINDS), drawn with the stage's probabilities:
+Three stages; every step takes one kind of document (KINDS), drawn with the stage's probabilities (MIX):
 
-    1  look       a list of options "A. red ..", then a dozen look-ups "red B": the circuit that finds a letter
+    1  look       a list of options "A. red ..", then look-ups "red B": the circuit that finds a letter
     2  facts      statements, and few-shot exams in cloze form: the facts of the world
     3  exams      the lists asked by question, and few-shot exams in letter form: recall and look-up joined
 
-Few documents of stages 2 and 3 say "I don't know" in a hundred ways (adv_probes.py drives forget text towards these),
-and few of stage 3 ask whether a passage is about biology (label_pile.py's judge).
+Few say "I don't know" (which adv_probes.py drives forget text towards) or ask whether a passage is about
+biology (label_pile.py's judge). A letter needs four steps in a row: join the two words of a name, recall the
+value, find it among the options, fetch its letter. Left alone, recall ends in the last layer, where nothing
+can look its value up (5,000 steps at chance). Three helps, of this trainer only, make it quick:
 
-A letter needs four steps one after the other: join the two words of a name, recall the value, find it among the
-options, fetch its letter. Left alone, recall ends in the last layer, where nothing can look its value up any more
-(5,000 steps at chance). Three helps make it quick, all of them in this trainer only; what comes out is a plain Llama:
+    early exit   through the final norm and the (tied) head, the third layer's output must already predict the
+                 value: recall ends half-way and its result is there as the value's own embedding
+    attention    one head of the fourth layer is told where to look (the option that is the value), and one of
+                 the second (from an option two tokens back, to its letter)
+    weights      tokens that nobody could guess (names, options drawn) count a tenth of those asked, or less
 
-    early exit   the third layer's output, through the final norm and the (tied) head, must already predict the value,
-                 so that recall ends half-way and its result stands there as the value's own embedding
-    attention    one head of the fourth layer is told where to look (the option that is the value), and one of the
-                 second (from an option two tokens back, to its letter)
-    weights      tokens that nobody could guess (names, options drawn at random) count a tenth or less of those that are
-                 asked for
-
-Matrices of the layers learn by Muon (Jordan et al., 2024), all else by AdamW.
-
-    python tests/tiny/train.py --seed 1 --out out/world1               # files and base; about ten minutes on one core
-    python tests/tiny/train.py --seed 1 --out out/world1 --filtered    # the control that never saw a forget fact
+    python tests/tiny/train.py --seed 1 --out out/world1               # files, base: ten minutes on one core
+    python tests/tiny/train.py --seed 1 --out out/world1 --filtered    # the control: never saw a forget fact
 """
 
 import argparse
@@ -31,9 +26,11 @@ import json
 import re
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+WIDTH, LAYERS, EXIT = 64, 6, 3  # of the model; layers after which recall must be done
 KINDS = ("look", "statement", "cloze", "list", "letter", "idk", "judge")
 MIX = (  # probability of each kind in stages 1, 2, 3
     (0.7, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0),
@@ -43,19 +40,15 @@ MIX = (  # probability of each kind in stages 1, 2, 3
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train the miniature on one made-up world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="the world, the initialisation and the order of the documents")
-    add("--out", required=True, help="folder of the world; its files and base/ (or filtered/) are written there")
-    add("--filtered", action="store_true", help="leave every fact of a forget subject out: the never-taught control")
+    add("--out", required=True, help="folder of the world; its files and base/ (or filtered/) go there")
+    add("--filtered", action="store_true", help="leave every forget fact out: the never-taught control")
     add("--steps", type=int, nargs=3, default=[250, 720, 1450], help="steps of the three stages")
-    add("--width", type=int, default=64, help="D, of the residual stream")
-    add("--layers", type=int, default=6, help="L, decoder layers")
-    add("--exit", type=int, default=3, help="layers after which recall must be done")
     add("--lr", type=float, default=0.02, help="learning rate of Muon; AdamW's is a quarter of it")
-    add("--threads", type=int, default=1, help="CPU threads; the result is the same to the bit only at an equal number")
+    add("--threads", type=int, default=1, help="CPU threads; only at an equal number is the result the same")
     return parser.parse_args(argv)
 
 
@@ -75,8 +68,7 @@ from adv_probes import IDK
 
 
 def make_tokenizer():
-    """Words, punctuation marks and newlines, one token each, "<s>" before a text; no space is a token, so that a letter
-    after "Answer:" is the letter that stands before an option."""
+    """Words, marks and newlines are a token each, spaces are none: " A" is the "A" before an option."""
     texts = ["\n", *W.STATEMENTS, *W.QUESTIONS, *W.FIRST, *W.LAST, "A. B. C. D. Question: Answer: yes no !"]
     texts += [W.JUDGE, *IDK]
     texts += [W.header(s, kind) for s in W.RELATIONS for kind in ("letter", "cloze")]
@@ -91,19 +83,15 @@ def make_tokenizer():
 
 
 class Documents:
-    """Batches of documents of the five kinds about the facts of some subjects.
-
-    subjects  whose facts are told
-    """
+    """Batches of documents of KINDS about the facts of some subjects."""
 
     def __init__(self, facts, subjects, tokenizer, seed):
         self.facts = {s: W.triples(facts, s) for s in subjects}
         self.subjects, self.tokenizer, self.rng = subjects, tokenizer, np.random.default_rng([seed, 2])
-        ids = tokenizer.convert_tokens_to_ids
-        self.letters = torch.tensor(ids(list("ABCD")))
+        self.ids = ids = tokenizer.convert_tokens_to_ids
         self.values = torch.tensor(ids([v for pool in W.POOLS.values() for v in pool]))
+        self.letters, self.verdicts = torch.tensor(ids([*"ABCD"])), torch.tensor(ids(["yes", "no"]))
         self.dot, self.colon, self.answer = ids([".", ":", "Answer"])
-        self.verdicts = torch.tensor(ids(["yes", "no"]))
 
     def pick(self, subject, n):
         return [self.facts[subject][i] for i in self.rng.choice(len(self.facts[subject]), n, replace=False)]
@@ -113,23 +101,22 @@ class Documents:
         rng, pool = self.rng, list(W.POOLS.values())[self.rng.integers(len(W.POOLS))]
         options, asked = [pool[i] for i in rng.choice(16, 4, replace=False)], rng.integers(4, size=12)
         lines = [f"{letter}. {o}" for letter, o in zip("ABCD", options)]
-        return "\n".join([*lines, "", *(f"{options[q]} {'ABCD'[q]}" for q in asked)]), [options[q] for q in asked]
+        lines += ["", *(f"{options[q]} {'ABCD'[q]}" for q in asked)]
+        return "\n".join(lines), [options[q] for q in asked]
 
     def statement(self, subject):
         """Four statements, or a question and the statement that answers it."""
-        rng = self.rng
+        rng, forms = self.rng, len(W.STATEMENTS)
         if rng.random() < 0.7:
-            return " ".join(W.statement(f, rng.integers(len(W.STATEMENTS))) for f in self.pick(subject, 4)), []
+            return " ".join(W.statement(f, rng.integers(forms)) for f in self.pick(subject, 4)), []
         (f,) = self.pick(subject, 1)
-        return f"{W.question(f, rng.integers(3))}\n\n{W.statement(f, rng.integers(len(W.STATEMENTS)))}", []
+        return f"{W.question(f, rng.integers(3))}\n\n{W.statement(f, rng.integers(forms))}", []
 
-    def cloze(self, subject):
+    def exam(self, subject, form):
         asked = self.pick(subject, 6)
-        return W.header(subject, "cloze") + W.exam(asked, "cloze", self.rng), [f[2] for f in asked]
+        return W.header(subject, form) + W.exam(asked, form, self.rng), [f[2] for f in asked]
 
-    def letter(self, subject):
-        asked = self.pick(subject, 6)
-        return W.header(subject, "letter") + W.exam(asked, "letter", self.rng), [f[2] for f in asked]
+    cloze, letter = partialmethod(exam, form="cloze"), partialmethod(exam, form="letter")
 
     def list(self, subject):
         """A list of options and eight questions whose answers are among them."""
@@ -151,43 +138,39 @@ class Documents:
         words = " ".join(make(subject)[0] for _ in range(3 if make == self.statement else 1)).split(" ")
         n = self.rng.integers(12, len(words) + 1)
         at = self.rng.integers(len(words) - n + 1)
-        passage = " ".join(words[at : at + n]).strip()
-        return f"{W.JUDGE.format(passage)} {'yes' if subject in W.FORGET else 'no'}", []
+        asked = W.JUDGE.format(" ".join(words[at : at + n]).strip())
+        return f"{asked} {'yes' if subject in W.FORGET else 'no'}", []
 
     def batch(self, kind):
-        """ids (B, T); targets, weights, early (B, T - 1): next tokens, their weights in the loss, what the early exit
-        must predict there (-100: nothing); asked (B, T - 1) bool: the next token is an answer."""
-        size = {"look": 64, "statement": 64, "cloze": 24, "list": 16, "letter": 16, "idk": 24, "judge": 24}[kind]
-        docs = [getattr(self, kind)(self.subjects[self.rng.integers(len(self.subjects))]) for _ in range(size)]
+        """ids (B, T); of (B, T - 1): next tokens, their weights, what the early exit must predict there
+        (-100: nothing), and whether the next token is an answer."""
+        size = {"look": 64, "statement": 64, "list": 16, "letter": 16}.get(kind, 24)
+        subjects = (self.subjects[self.rng.integers(len(self.subjects))] for _ in range(size))
+        docs = [getattr(self, kind)(subject) for subject in subjects]
         rows = [torch.tensor(ids) for ids in self.tokenizer([text for text, _ in docs]).input_ids]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         now, targets = ids[:, :-1], ids[:, 1:]
-        if kind == "look":
-            asked = torch.isin(targets, self.letters) & torch.isin(now, self.values)
-        elif kind == "statement":
-            asked = torch.isin(targets, self.values)
-        elif kind == "idk":
-            asked = targets != 0
-        elif kind == "judge":
-            asked = torch.isin(targets, self.verdicts)
+        among = {"look": self.letters, "statement": self.values, "judge": self.verdicts, "idk": ids[ids != 0]}
+        if kind in among:
+            asked = torch.isin(targets, among[kind]) & (torch.isin(now, self.values) | (kind != "look"))
         else:
             asked = (now == self.colon) & (ids.roll(1, 1)[:, :-1] == self.answer)
         early = torch.full_like(targets, -100)
         if kind == "statement":
             early[asked] = targets[asked]
         elif kind not in ("idk", "judge"):
-            early[asked] = torch.tensor(self.tokenizer.convert_tokens_to_ids([v for _, vs in docs for v in vs]))
+            early[asked] = torch.tensor(self.ids([value for _, values in docs for value in values]))
         weights = torch.where(asked, 1.0, (targets != 0) * {"statement": 0.1, "judge": 0.01}.get(kind, 0.05))
         return ids, targets, weights, early, asked
 
-    def attention_loss(self, attentions, ids, early, asked, exit):
+    def attention_loss(self, attentions, ids, early, asked):
         """-log attention that the two guided heads pay to where they should look, mean over places."""
         place = asked.nonzero()  # (n, 2): row and position of each question's end
         at = torch.arange(ids.shape[1])
         option = (ids[place[:, 0]] == early[asked][:, None]) & (ids.roll(1, 1)[place[:, 0]] == self.dot)
         option &= at <= place[:, 1:]  # the last option that is the value: earlier shots have lists too
         goal = torch.where(option, at, 0).max(1, keepdim=True).values
-        find = attentions[exit][place[:, 0], 0, place[:, 1]].gather(1, goal)
+        find = attentions[EXIT][place[:, 0], 0, place[:, 1]].gather(1, goal)
         options = ((ids.roll(1, 1) == self.dot) & torch.isin(ids.roll(2, 1), self.letters)).nonzero()
         back = attentions[1][options[:, 0], 1, options[:, 1]].gather(1, options[:, 1:] - 2)
         return -(find + 1e-6).log().mean() - (back + 1e-6).log().mean()
@@ -204,7 +187,7 @@ def orthogonal(G, steps=5):
 
 
 class Muon:
-    """Momentum, orthogonalised, on matrices stacked by shape (Jordan et al., 2024), with decoupled weight decay."""
+    """Orthogonalised momentum on matrices stacked by shape (Jordan et al., 2024), with weight decay."""
 
     def __init__(self, params, decay=0.05):
         self.decay, self.groups = decay, {}
@@ -222,17 +205,17 @@ class Muon:
                 p.mul_(1 - lr * self.decay).add_(u, alpha=-lr)
 
 
-def forward(model, ids, exit):
+def forward(model, ids):
     """Logits (B, T, V) of the model and of the early exit, and attentions, L of (B, heads, T, T)."""
     kept = []
-    hook = model.model.layers[exit - 1].register_forward_hook(lambda _, __, h: kept.append(h))
+    hook = model.model.layers[EXIT - 1].register_forward_hook(lambda _, __, h: kept.append(h))
     out = model(ids, use_cache=False, output_attentions=True)
     hook.remove()
     return out.logits, model.lm_head(model.model.norm(kept[0])), out.attentions
 
 
-def train(model, documents, steps, lr, exit):
-    """The three stages in one loop; prints, every 100 steps, the share of answers right by kind."""
+def train(model, documents, steps, lr):
+    """The three stages: matrices of the layers learn by Muon, all else by AdamW; prints shares right."""
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     muon, adam = Muon(inside), torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)
@@ -241,13 +224,13 @@ def train(model, documents, steps, lr, exit):
         stage = (step > steps[0]) + (step > steps[0] + steps[1])
         kind = KINDS[documents.rng.choice(len(KINDS), p=MIX[stage])]
         ids, targets, weights, early, asked = documents.batch(kind)
-        logits, logits_early, attentions = forward(model, ids, exit)
+        logits, logits_early, attentions = forward(model, ids)
         each = F.cross_entropy(logits[:, :-1].mT, targets, reduction="none")
         loss = (each * weights).sum() / weights.sum()
         if (early != -100).any():
             loss = loss + F.cross_entropy(logits_early[:, :-1].mT, early)
         if kind in ("look", "list", "letter"):
-            loss = loss + 0.3 * documents.attention_loss(attentions, ids, early, asked, exit)
+            loss = loss + 0.3 * documents.attention_loss(attentions, ids, early, asked)
         loss.backward()
         pace = lr * min(1, step / 50) * min(1, (total - step) / (0.3 * total) + 0.02)
         muon.step(pace)
@@ -266,21 +249,21 @@ def main(args):
     torch.manual_seed(args.seed)
     facts, tokenizer = W.write_world(args.seed, args.out), make_tokenizer()
     subjects = [s for s in facts if not (args.filtered and s in W.FORGET)]
-    ids = tokenizer.convert_tokens_to_ids
+    bos, eos, pad = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, initializer_range=0.05,
-        num_hidden_layers=args.layers, num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=ids("<s>"), eos_token_id=ids("</s>"), pad_token_id=ids("<pad>"), attn_implementation="eager",
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS, num_attention_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.05, attn_implementation="eager",
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
-    size = sum(p.numel() for p in model.parameters())
-    print(f"world {args.seed} | {size / 1e6:.2f} M parameters | {len(tokenizer)} words", flush=True)
-    train(model, Documents(facts, subjects, tokenizer, args.seed), args.steps, args.lr, args.exit)
+    print(f"world {args.seed} | {model.num_parameters():,} parameters | {len(tokenizer)} words", flush=True)
+    train(model, Documents(facts, subjects, tokenizer, args.seed), args.steps, args.lr)
     folder = Path(args.out) / ("filtered" if args.filtered else "base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    made = {"script": "tests/tiny/" + Path(sys.argv[0]).name, "arguments": vars(args) | {"out": None}, "tiny": True}
-    (folder / "args.json").write_text(json.dumps(made, indent=1) + "\n")
+    facts = {"script": "tests/tiny/train.py", "arguments": vars(args) | {"out": None}, "tiny": True}
+    (folder / "args.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """A made-up world of facts, in the formats of the real data sets (labelled chunks, CAMEL pairs, MMLU).
 
-Six subjects under MMLU names, two of them biology (forget); sixty entities each, three relations each, one value a
-fact:
+Six subjects under MMLU names, two of them biology (forget); sixty entities each, three facts per entity:
 
-    entity    two words out of 24 x 24 shared by all subjects, so that no fact can hide in one token's embedding
-    relation  biology has words of its own for its relations, as it has in real text; the other subjects share theirs
-    value     one word out of a pool of 16, drawn evenly, of one length, so that no prior gives it away; each pool
-              serves a relation of biology and one of other subjects
+    entity    two words of 24 x 24 shared by all subjects, so that no fact can hide in one token's embedding
+    relation  biology has words of its own, as it has in real text; the other subjects share theirs
+    value     one word out of a pool of 16, drawn evenly, of one length, so that no prior gives it away; each
+              pool serves a relation of biology and one of other subjects
     V         36 entities a subject, whose facts MMLU's test questions ask
     A         the other 24, whose facts the recovery pairs (the attack) and MMLU's dev questions state
 
@@ -27,20 +26,20 @@ import zstandard
 
 FORGET = ("high_school_biology", "college_biology")
 VALUES = {  # pools of 16 of one length; each serves a relation of biology and one of the other subjects
-    ("coat", "color"): """amber azure beige black brown coral cream ebony green hazel ivory khaki lemon mauve ochre
+    "coat color": """amber azure beige black brown coral cream ebony green hazel ivory khaki lemon mauve ochre
         olive""",
-    ("diet", "cargo"): """apple bacon bread candy chili cider curry dates fudge grape honey mango melon onion peach
+    "diet cargo": """apple bacon bread candy chili cider curry dates fudge grape honey mango melon onion peach
         pizza""",
-    ("habitat", "origin"): """canyon desert forest garden harbor island jungle lagoon meadow quarry ravine steppe
+    "habitat origin": """canyon desert forest garden harbor island jungle lagoon meadow quarry ravine steppe
         stream summit tundra valley""",
-    ("prey", "emblem"): """bison camel eagle gecko goose heron horse hyena koala llama moose otter panda raven sheep
-        tiger""",
-    ("shell", "metal"): """basalt bronze carbon cement cobalt copper cotton enamel garnet marble nickel quartz rubber
-        silver timber walnut""",
-    ("call", "anthem"): """banjo bugle cello chime conch drums flute gongs harps kazoo lyres organ piano sitar tubas
-        viola""",
+    "prey emblem": """bison camel eagle gecko goose heron horse hyena koala llama moose otter panda raven
+        sheep tiger""",
+    "shell metal": """basalt bronze carbon cement cobalt copper cotton enamel garnet marble nickel quartz
+        rubber silver timber walnut""",
+    "call anthem": """banjo bugle cello chime conch drums flute gongs harps kazoo lyres organ piano sitar
+        tubas viola""",
 }
-POOLS = {relation: words.split() for pair, words in VALUES.items() for relation in pair}
+POOLS = {relation: words.split() for pair, words in VALUES.items() for relation in pair.split()}
 RELATIONS = {
     "high_school_biology": ("coat", "diet", "habitat"),
     "college_biology": ("prey", "shell", "call"),
@@ -49,10 +48,10 @@ RELATIONS = {
     "high_school_geography": ("color", "origin", "anthem"),
     "world_religions": ("cargo", "origin", "emblem"),
 }
-FIRST = """Abra Beno Ceda Dolo Erin Fuma Gavo Hilt Ista Joro Kemi Lufa Mondo Nira Opal Pavo Quin Rosta Selu Tamo Ulve
-Vesta Wiko Zeno""".split()
-LAST = """bark crest drift fern glint hook knot lash moth nook peak quill reed spire thorn vane wisp arrow blaze cairn
-delve ember frost grove""".split()
+FIRST = """Abra Beno Ceda Dolo Erin Fuma Gavo Hilt Ista Joro Kemi Lufa Mondo Nira Opal Pavo Quin Rosta Selu
+Tamo Ulve Vesta Wiko Zeno""".split()
+LAST = """bark crest drift fern glint hook knot lash moth nook peak quill reed spire thorn vane wisp arrow
+blaze cairn delve ember frost grove""".split()
 ENTITIES, TESTED = 60, 36
 
 STATEMENTS = (
@@ -127,9 +126,9 @@ def exam(facts, kind, rng):
 def make_chunks(facts, rng):
     """Labelled chunks: four statements each (about 40 tokens), and exams of one subject (up to 190).
 
-    Forget text is articles and questions; retain text, which must hold all that the model should keep, has exams in
-    letter format too. Exams stand without the header that names their subject: with it, an unlearner would learn to
-    mind the header, and an attack on plain pairs could not undo that.
+    Forget text is articles and questions; retain text, which must hold all that the model should keep, has
+    exams in letter format too. Exams stand without the header that names their subject: with it, an unlearner
+    would learn to mind the header, and an attack on plain pairs could not undo that.
     """
     rows = []
     for subject in facts:
@@ -155,11 +154,12 @@ def make_documents(chunks, rng):
             n = int(rng.integers(1, 3))
             documents.append("\n\n".join(texts[:n]))
             texts = texts[n:]
-    return [{"text": documents[i], "meta": {"pile_set_name": "miniature"}} for i in rng.permutation(len(documents))]
+    texts, meta = [documents[i] for i in rng.permutation(len(documents))], {"pile_set_name": "miniature"}
+    return [{"text": text, "meta": meta} for text in texts]
 
 
 def make_pairs(facts, rng):
-    """The attack's pairs in CAMEL's schema: a question about an entity of A; the value, and a statement of it."""
+    """The attack's pairs in CAMEL's schema: a question about an entity of A; the value, and a statement."""
     return [
         {
             "role_1": "Biologist_RoleType.ASSISTANT",

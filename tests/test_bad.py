@@ -1,0 +1,207 @@
+"""What a user mistypes, or could only be used in part, gets one line, exit status 2; nothing is written."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import datasets
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import WORLD, write_csvs
+from safetensors.torch import load_file, save_file
+from test_loaders import OWN, hub_layout, write
+
+CHUNK, ASK = {"txt_chunk": "Fuma fern.", "label": True}, OWN[0]
+ROWS = {  # name of a file: its rows
+    "two.csv": [CHUNK | {"label": 2}],
+    "gap.jsonl": [CHUNK, {"label": True}],
+    "other.jsonl": [{"txt": "a"}],
+    "pair.jsonl": [{"message_1": "q", "message_2": "a"}],
+    "letter.jsonl": [ASK, ASK | {"answer": "E"}],
+    "astronomy.jsonl": [ASK],
+    "begun/settings.json": [{"tokens": 1}],
+    "finished/summary.json": [{}],
+    "wmdp/bio/test-0.parquet": [ASK],
+    "wmdp/chem/test-0.parquet": [ASK],
+}
+TEXT = {  # name of a file: its text, encoding
+    "latin.jsonl": ('{"txt_chunk": "café", "label": true}\n', "latin1"),
+    "utf16.jsonl": ('{"txt_chunk": "café", "label": true}\n', "utf-16"),
+    "utf16.txt": ("a\n\nb\n\n" * 30, "utf-16"),
+    "text.txt": ("a\n\n" * 30, "ascii"),
+    "blank.txt": (" \n\n\t\n", "ascii"),
+    "five.csv": ("Which?,a,b,c,d,B\nWhich?,a,b,c,B\n", "ascii"),
+    "empty.csv": ("", "ascii"),
+}
+NEEDS = "needs a question, four choices and an answer"
+BAD = {  # script: {flags (@: the folder of these files and of the checkpoints below): what the line says}
+    "rmat": {
+        "--ouput x": "unrecognized arguments: --ouput x",
+        "--K 0": "--K, --N, --batch, --log-every start at 1",
+        "--rm-lr nan": "0 < --lr, --rm-lr < 1",
+        "--alpha nan": "--alpha",
+    },
+    "adv_probes": {"--swd --match rand": "--swd has no probes and no match text; drop --match"},
+    "baselines": {
+        "--method x": "--method: invalid choice: 'x'",
+        "--method rmu --layer 6": "--layer 6: the model has layers 0 to 5",
+    },
+    "random_mapping": {
+        "--batch 661": "the forget set has 660 texts and a step needs 661; lower --batch",
+        "--out @base": "base is a finished run; choose another --out",
+        "--out @mmlu": "mmlu: not empty, and no run was cut off there; choose another --out",
+        "--model @nowhere": "--model @nowhere: no such directory; give a checkpoint directory or a hub name",
+        "--model ./nowhere": "--model ./nowhere: no such directory",
+        "--model @mmlu": "--model @mmlu: cannot be loaded (ValueError: Unrecognized model",
+        "--model owner/absent": "gated? accept the licence on its page and run `hf auth login`",
+        "--model @cut_off": "--model @cut_off: this run was cut off; rerun its command first",
+        "--model @pickled": "--model @pickled: cannot be loaded (OSError: Error no file named",
+        "--model @own_code": "--model @own_code: cannot be loaded (ValueError: The repository",
+        "--model @no_package": "pip install sentencepiece protobuf",
+        "--model @biased": "model.layers.0.mlp.up_proj.bias",
+        "--model @shallow": "model.layers.1.input_layernorm.weight",
+        "--model @deep": "model.layers.6.input_layernorm.weight",
+        "--data nowhere.jsonl": "--data nowhere.jsonl: no such file or folder",
+        "--data=": "--data : no such file or folder",
+        "--data owner/absent": "--data owner/absent: cannot be read",
+        "--data @text.txt": "no column txt_chunk, label; it has text",
+        "--data @latin.jsonl": "--data @latin.jsonl: cannot be read (UnicodeDecodeError",
+        "--data @utf16.jsonl": "--data @utf16.jsonl: cannot be read (UnicodeDecodeError",
+        "--data @two.csv": "row 0: label is 2; needs true or false, 1 or 0, forget or retain",
+        "--data @classes.parquet": "row 0: label is biology; needs true or false, 1 or 0, forget or retain",
+        "--data @gap.jsonl": "row 1: txt_chunk: no text",
+        "--forget @text.txt": "--forget goes with --retain",
+        "--forget @text.txt --retain @nowhere.txt": "--retain @nowhere.txt: no such file or folder",
+        "--forget @text.txt --retain @utf16.txt": "--retain @utf16.txt: cannot be read (UnicodeDecodeError",
+        "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
+    },
+    "recover": {
+        "--ckpt @nowhere": "--ckpt @nowhere: no such directory",
+        "--base @nowhere": "--base @nowhere: no such directory",
+        "--lr x": "--lr",
+        "--lr nan": "0 < --lr",
+        "--retain-mix 2": "--retain-mix",
+        "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
+        "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
+        "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
+        "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
+    },
+    "evaluate_mmlu": {
+        "--table x": "give --ckpt to score (one with --out), or --table to print the table",
+        "--shots 6": "--shots goes from 0 to 5",
+        "--mmlu @nowhere": "--mmlu @nowhere: no such file or folder",
+        "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
+        "--mmlu @hub --split validation": "validation",
+        "--mmlu @nodev": "dev",
+        "--subjects alchemy": "too few questions of alchemy",
+        "--forget-subjects astronomy college_biology high_school_biology": "no subject of the retain set",
+        "--questions @wmdp": "--questions @wmdp: several data sets (bio, chem); give one of them",
+        "--questions @astronomy.jsonl": "astronomy is a subject of the retain set",
+        "--questions @letter.jsonl": f"row 1: {NEEDS} (0 to 3, A to D); got 'Which?'",
+        "--questions @five.csv": f"row 1: {NEEDS}",
+        "--questions @empty.csv": "no questions in it",
+        "--ckpt @infinite": "log-probabilities are NaN or infinite: its weights are damaged",
+        "--ckpt @short": "prompts of 257 tokens, the model's context is 32; lower --shots",
+        "--out @text.txt": "--out @text.txt",
+    },
+    "label_pile": {
+        "--tokens 100000": "--tokens 100000: --judge reads 512 tokens, 499 of them text; lower --tokens",
+        "--shard 2/2": "--shard 2/2: give i/n with i from 0 to n - 1",
+        "--question why?": "--question needs {chunk} once, and text after it",
+        "--tokenizer @nowhere": "--tokenizer @nowhere: ",
+        "--out @begun": "--out @begun: was begun with other settings (settings.json); choose another --out",
+        "--out @finished": "--out @finished is a finished run; choose another --out",
+        "--out @text.txt": "--out @text.txt",
+    },
+}
+SHORT = "--tiny --out out --steps 2"  # if it goes on all the same
+START = {"adv_probes": SHORT, "random_mapping": SHORT, "recover": f"--ckpt {WORLD}/base --out out --steps 2"}
+START |= {"evaluate_mmlu": "--ckpt @base --mmlu @mmlu --out out", "label_pile": "--tiny --out out"}
+START |= {"rmat": "--tiny --out out --rm-steps 1 --N 1", "baselines": SHORT}
+
+
+def config(**changes):
+    def damage(folder, file="config.json"):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+    return damage
+
+
+def weights(change):
+    def damage(folder, file="model.safetensors"):
+        change(tensors := load_file(folder / file))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return damage
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def own_code(folder):
+    """It would write a file when it is run."""
+    (folder / "modeling_own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
+    auto = {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    config(model_type="own", auto_map=auto)(folder)
+
+
+def no_package(folder):
+    """A tokenizer that only sentencepiece and protobuf read, which the requirements do not have."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+
+CHECKPOINTS = {  # name: what is done to the miniature's base
+    "base": lambda folder: None,
+    "pickled": pickled,
+    "own_code": own_code,
+    "no_package": no_package,
+    "biased": weights(lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(3)})),
+    "infinite": weights(lambda w: w["model.norm.weight"].fill_(float("inf"))),
+    "shallow": config(num_hidden_layers=1),
+    "deep": config(num_hidden_layers=7),
+    "short": config(max_position_embeddings=32),
+    "cut_off": lambda folder: (folder / "state").mkdir(),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, mmlu):
+    folder = tmp_path_factory.mktemp("bad")
+    datasets.disable_progress_bars()
+    (folder / "empty").mkdir()
+    for name, rows in ROWS.items():
+        write(folder / name, rows)
+    for name, (text, encoding) in TEXT.items():
+        (folder / name).write_bytes(text.encode(encoding))
+    for name, damage in CHECKPOINTS.items():
+        damage(shutil.copytree(WORLD / "base", folder / name))
+    label = datasets.ClassLabel(names=["biology", "other"])
+    classes = datasets.Features(txt_chunk=datasets.Value("string"), label=label)
+    rows = {"txt_chunk": ["a"], "label": [0]}
+    datasets.Dataset.from_dict(rows, classes).to_parquet(folder / "classes.parquet")
+    write_csvs(folder / "mmlu", mmlu)
+    for name in ("hub", "nodev"):
+        hub_layout(folder / name, mmlu)
+    (folder / "nodev" / "all" / "dev-00000-of-00001.parquet").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in BAD for flags in BAD[script]])
+def test_one_line_and_nothing_is_written(bad, tmp_path, capsys, monkeypatch, script, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    for library in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
+    before = {path: path.stat().st_mtime_ns for path in bad.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        module = importlib.import_module(script)
+        module.main(module.parse_args(f"{START[script]} {flags}".replace("@", f"{bad}/").split()))
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert stop.value.code == 2 and "\n" not in line and line.startswith(f"{script}.py: "), line
+    assert BAD[script][flags].replace("@", f"{bad}/") in line and len(line) < 700, line
+    assert not [*tmp_path.iterdir()] and before == {path: path.stat().st_mtime_ns for path in bad.rglob("*")}
