@@ -394,9 +394,9 @@ def main(args):
     method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
     if args.method == "rmu" and args.layer >= (depth := len(decoder_layers(model))):
         fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
-    if args.method == "undo":
-        own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
     run.begin(tokens=2 * args.batch * args.tokens)
+    if args.method == "undo":  # here a dry run counts it
+        own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
     if high:
         more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))
         random_mapping(model, forget, retain, **more)

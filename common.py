@@ -43,11 +43,15 @@ def say(line):
         print(line, flush=True)
 
 
-def fail(message):
+class NotFinite(SystemExit):
+    """The exit of a run whose loss or weights are NaN or infinite."""
+
+
+def fail(message, kind=SystemExit):
     """Ends the program with exit status 2 and one line: the fault and its remedy."""
     if not int(os.environ.get("RANK", 0)):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise kind(2)
 
 
 def seed_of(*key):
@@ -197,7 +201,7 @@ class Run:
         as_on_gpu = args.dry_run and args.dtype == "auto" and self.model.dtype == torch.bfloat16
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
         if self.gpu:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.micro_batch = args.micro_batch
         self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return self.model
@@ -396,7 +400,11 @@ class LiveBytes(TorchDispatchMode):
         self.known.discard(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.add(result := function(*args, **(kwargs or {})))
+        dtype = None
+        if function is torch.ops.aten._grouped_mm.default:  # of experts; on meta it takes bfloat16 only
+            dtype, args = args[0].dtype, (args[0].bfloat16(), args[1].bfloat16(), *args[2:])
+        result = function(*args, **(kwargs or {}))
+        self.add(result := result if dtype is None else result.to(dtype))
         return result
 
 
@@ -707,7 +715,7 @@ def check_finite(step, *values):
     """Ends the program if one of these 0-d tensors is NaN or infinite. To be called before the update."""
     total = sum(x.detach().float() for x in values)
     if not total.is_meta and not torch.isfinite(summed(total)):
-        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out")
+        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out", NotFinite)
 
 
 # ---- optimizer for bf16 --------------------------------------------------------------------------------
@@ -736,16 +744,18 @@ def update(p, g, m, v, numbers, seeds, betas, eps):
     numbers  (3,), in whose dtype it is computed: lr / (1 - β1^t), of SGD lr; 1 - β2^t; 1 - lr · decay
     seeds    (3,) int32, of the rounding of p, m and v
     """
+    if p.numel() % 16 == 0:
+        torch._check(p.numel() % 16 == 0)  # for torch.compile: a kernel of its own, with vectorized loads
     rate, bias, keep = numbers.unbind()
-    g, new = g.to(numbers.dtype), p.to(numbers.dtype) * keep
+    g, new = g.to(numbers.dtype), p.to(numbers.dtype).mul_(keep)
     if v is not None:
-        m_new = m.to(g.dtype).lerp(g, 1 - betas[0])
-        v_new = (v.to(g.dtype) * betas[1]).addcmul(g, g, value=1 - betas[1])
-        new = new.addcdiv(m_new, ((v_new / bias).sqrt() + eps) / rate, value=-1)
+        m_new = m.to(g.dtype).lerp_(g, 1 - betas[0])
+        v_new = v.to(g.dtype).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        new.addcdiv_(m_new, (v_new / bias).sqrt_().add_(eps).div_(rate), value=-1)
         v.copy_(rounded(v_new, v.dtype, seeds[2]))
     else:
-        m_new = g if m is None else m.to(g.dtype) * betas[0] + g
-        new = new.addcmul(m_new, rate, value=-1)
+        m_new = g if m is None else m.to(g.dtype).mul_(betas[0]).add_(g)
+        new.addcmul_(m_new, rate, value=-1)
     p.copy_(rounded(new, p.dtype, seeds[0]))
     if m is not None:
         m.copy_(rounded(m_new, m.dtype, seeds[1]))

@@ -176,7 +176,7 @@ from huggingface_hub import hf_hub_download
 from transformers.pytorch_utils import Conv1D
 
 from common import (
-    LABELS, HostCopy, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail,
+    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail,
     generator, like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole,
     write_json,
 )  # fmt: skip
@@ -391,8 +391,8 @@ def attack(args, run, exam):
                     optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
                     mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
                 )  # fmt: skip
-            except SystemExit as error:  # NaN: the states before it count
-                if not args.sweep or error.code != 2:
+            except NotFinite:  # in a sweep the states before it count
+                if not args.sweep:
                     raise
                 stopped = "NaN or infinity"
     if args.dry_run:

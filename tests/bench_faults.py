@@ -23,7 +23,7 @@ from pathlib import Path
 from timing import flags
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = "--tiny --batch 4 --log-every 1 --save-every 1e-9 --device cpu".split()
+SHORT = "--tiny --batch 4 --log-every 1 --save-every 1e-9".split()
 SCRIPTS = {
     "random_mapping": "random_mapping.py --steps 25",
     "mlac_ar": "mlac_ar.py --N 12 --K 2",

@@ -117,11 +117,12 @@ def status(script, *flags):
     return of_ranks(0)
 
 
-def nan_on_one(*batch):
-    return common.next_token_loss(*batch) * (float("nan") if next(CALLS) == 2 and common.rank() == 1 else 1)
+def nan_on_one(self, t, *more, step=common.Optimizer.step):
+    step(self, t, *more)
+    if t == 3 and common.rank() == 1:
+        common.local(self.params[0].data).view(-1)[0] = float("nan")
 
 
-CALLS = iter(range(99))
 SHORT = (
     "--tiny --device cpu --batch 8 --tokens 64 --log-every 1 --lr 1e-5 --steps 8 --save-every 1e-9".split()
 )
@@ -133,7 +134,7 @@ if __name__ == "__main__":
     found = weights(folder)
     found["recover"] = status(A, "--ckpt", folder / "two" / "model", *ATTACK)
     found["one_two"] = status(R, *SHORT, "--out", folder / "one_two" / "out")
-    R.next_token_loss = nan_on_one
+    common.Optimizer.step = nan_on_one
     found["nan"] = status(R, *SHORT, "--out", folder / "nan" / "out")
     found["reads"] = of_ranks(len(reads))
     if not common.rank():

@@ -24,7 +24,6 @@ def test_cosine_warms_up_for_a_tenth_and_comes_down():
 
 @pytest.mark.parametrize("mix, kind, clip", [(0.25, "adamw", 0), (0.25, "sgd", 0.01), (1.0, "adamw", 0)])
 def test_a_mix_is_the_weighted_loss_and_1_is_retain_text_only(mix, kind, clip):
-    """Against the optimizer on the weighted sum, differentiated at once, its gradient clipped."""
     a, b = toy_model(dtype=torch.float64), toy_model(dtype=torch.float64)
     texts, retain, opt = Batches(4, seed=1), Batches(3, seed=2), Optimizer(b.parameters(), kind, decay=0.1)
     more = dict(optimizer=kind, clip=clip, mix=mix, decay=0.1)
@@ -78,7 +77,6 @@ def test_rounding_and_pruning_act_on_every_matrix_of_the_layers(kind, n):
 
 
 def test_the_forms_of_texts(tmp_path):
-    """Of labelled chunks those of the forget set; --column reads one column."""
     path, chat = tmp_path / "x.jsonl", [dict(role="user", content="q"), dict(role="assistant", content="a")]
     for row, text in (
         ({"message_1": "q", "message_2": "a"}, "q\n\na"),
@@ -110,8 +108,7 @@ def test_the_worst_case_is_the_best_undamaged_state():
     assert (worst["attack"], worst["step"], worst["retain_there"]) == ("strong", 10, 85)
     assert worst["worst"] == pytest.approx(60) and worst["rho"] == pytest.approx(0.35 / 0.7)
     assert worst["rho_low"] < 0.5 < worst["rho_high"] and worst["damaged"] == ["damage"]
-    shown = show_sweep(attacks)
-    assert "worst case of 3 attackers: strong at step 10" in shown and shown.count("DAMAGED") == 2
+    assert "worst case of 3 attackers: strong at step 10" in show_sweep(attacks)
     none = worst_case({"damage": attacks["damage"]})
     assert none["worst"] == pytest.approx(40) and none["attack"] == "none" and none["damaged"] == ["damage"]
     attacks = {"other_format": [state(0.25, step=0, base=0.5)]} | attacks  # scored otherwise, and so its base
@@ -175,7 +172,7 @@ def finished(out):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_a_sweep_attacks_a_checkpoint_of_another_program_of_any_architecture(kind, recover, tmp_path):
+def test_a_sweep_attacks_a_checkpoint_of_another_program_of_any_kind(kind, recover, place, tmp_path):
     """What is not applicable to its kind is a line, not an attacker that it withstood."""
     names = {"paper", "lora_4", "4_bit", "prune_30", "many_shot", "other_format"}
     printed = recover(tmp_path, f"--sweep --steps 1 --only {' '.join(names)}", kind)
@@ -183,8 +180,11 @@ def test_a_sweep_attacks_a_checkpoint_of_another_program_of_any_architecture(kin
     assert finished(tmp_path) == names and not [*tmp_path.rglob("*.safetensors")]
     assert f"worst case of {len(names)} attackers" in printed
     assert ("failed: lora_4: NotApplicable" in printed) == (kind == "mixtral")
-    shots, other = ([s["retain"] for s in read_states(tmp_path / x)] for x in ("many_shot", "other_format"))
-    assert shots[0] == shots[1] and other[0] == other[1]  # no weight changes: no damage
+    for name, file in (("many_shot", "mmlu.json"), ("other_format", "mmlu_cloze.json")):
+        before, after = (s["retain"] for s in read_states(tmp_path / name))  # no weight changes: no damage
+        assert before == after and (tmp_path / name / file).exists()
+    answers = [(x / "mmlu.jsonl").read_text() for x in (place / kind / "unlearned", tmp_path / "many_shot")]
+    assert not {*answers[0].splitlines()} & {*answers[1].splitlines()}  # but the prompts are others
 
 
 def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path):

@@ -125,6 +125,7 @@ def test_meta_may_be_anything_and_change_between_rows_and_files(tmp_path):
     rows = [{"text": TEXTS[i // 6], "meta": metas[i // 30]} for i in range(210)]
     pile, out = write(tmp_path / "pile.jsonl", rows), tmp_path / "out"
     call("label_pile", "--tiny", "--pile", pile, "--rows", 30, "--out", out)
+    (out / "licence.txt").write_text("Text that is no data.")
     assert [row["meta"] for row in rows_of(out)] == [row["meta"] or {} for row in rows]
     assert sorted(sum(load_chunks(str(out)), [])) == sorted(row["text"] for row in rows)
 

@@ -218,7 +218,7 @@ def test_a_batch_is_a_function_of_seed_purpose_and_step():
 
 def test_an_epoch_reads_each_text_once_cut_and_padded_on_the_right():
     rows = [{tuple(row[row != 0].tolist()) for row in stream(8)[i][0]} for i in range(12)]
-    assert len(set.union(*rows[:5])) == 40
+    assert len(set.union(*rows[:5])) == 40 and rows[:5] != rows[5:10]
     assert {len(batch) for batch in rows} == {8}  # no text twice: x_heldout is none of its step's x_f
     (ids, mask), (short, all_true) = stream(40)[0], stream(6, tokens=7)[0]
     assert (mask.long().diff(dim=1) <= 0).all() and (~mask).any() and (ids[~mask] == 0).all()

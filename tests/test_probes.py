@@ -99,7 +99,7 @@ def test_the_distance_falls_and_retain_text_is_kept(match):
     seen, control = (short_run(toy_model(), match, steps=40, lr=lr) for lr in (1e-2, 1e-9))
     assert seen[-1]["retain"] < seen[0]["retain"]
     late, unmoved = (sum(float(s["forget"]) for s in x[15:]) for x in (seen, control))
-    assert late < 0.7 * unmoved  # a model that does not move stays far away
+    assert abs(late) < 0.7 * unmoved  # a model that does not move stays far away
 
 
 def test_min_posterior_closed_form_finite_at_certainty_and_silent_below_the_floor():
@@ -172,14 +172,14 @@ def test_baselines_change_forget_text_and_keep_retain_text(method):
 
 
 def test_rmu_moves_three_matrices_and_the_stream_of_its_layer():
-    model, seen = toy_model(num_hidden_layers=4), []
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    more = dict(layer=2, steer=20.0, weight=100.0, log=lambda i, n, **v: seen.append(v))
+    seen, more = [], dict(layer=2, steer=20.0, log=lambda i, n, **v: seen.append(v))
     forget, retain = Batches(4, seed=1, same=True, vocab=30), Batches(4, seed=2, same=True)
-    B.rmu(model, forget, retain, steps=60, lr=1e-2, **more)
-    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    for weight in (0.0, 100.0):
+        model, before = (toy_model(num_hidden_layers=4) for _ in "ab")
+        B.rmu(model, forget, retain, steps=60, lr=1e-2, weight=weight, **more)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
     assert moved == {f"model.layers.{l}.mlp.down_proj.weight" for l in (0, 1, 2)}
-    assert seen[0]["held"] == 0 < seen[1]["held"]  # h_0 is that of the first weights
+    assert seen[0]["held"] == 0 < 100 * seen[-1]["held"] < seen[59]["held"]  # h_0: of the first weights
     assert seen[-1]["forget"] < 0.7 * seen[0]["forget"] and all(p.requires_grad for p in model.parameters())
 
 

@@ -101,10 +101,10 @@ def test_rank_0_alone_reads_the_weights(both):
     assert reads[0] >= len(KINDS) and reads[1:] == [0]
 
 
-def test_a_nan_on_one_rank_ends_all_with_one_line_before_the_update(folder, both):
+def test_a_nan_on_one_rank_ends_all_with_one_line_and_is_not_saved(folder, both):
     assert both[1]["nan"] == [2, 2]
     said = [line for line in (folder / "said.txt").read_text().splitlines() if "NaN" in line]
-    assert len(said) == 1 and "NaN or infinity at step 3;" in said[0]
+    assert len(said) == 1 and "NaN or infinity at step 3 (weights);" in said[0]
     assert [x.name for x in (folder / "nan" / "out" / "state").glob("*-*")] == ["step-2"]
 
 
