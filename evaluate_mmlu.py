@@ -494,43 +494,57 @@ def title(facts):
     return names.get(command, script.removesuffix(".py"))
 
 
+def settings(facts):
+    """What is equal in all runs of a row."""
+    found = {k: v for k, v in facts.get("arguments", {}).items() if k not in SAME_ROW}
+    return re.sub(r"world\d+", "world", repr(found))
+
+
 def rows_under(root, form):
     """{name: [run ..]} of everything scored under root; runs that differ only in seed or world are one row.
 
-    A run is {"folder", "base", "theta", "recovered", "attacks"}: summaries, the third {} if it was not
-    attacked, and {attacker: states} of a sweep. Scores of a run compare if their files have the same name.
+    A run is {"folder", "attack", "base", "theta", "recovered", "attacks"}: the checkpoint's folder and its
+    Recovery's, summaries, the third {} if it was not attacked, and {attacker: states} of a sweep. Scores of a
+    run compare if their files have the same name.
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     attacks = {folder: {} for folder, known in facts.items() if known["script"] != "recover.py"}
+    usual = scores_file("", {"format": form}).name
     for folder, known in facts.items():  # {victim: {what was asked: [attack ..]}}
-        if known["script"] == "recover.py" and known["arguments"]["format"] == form:
+        a, files = known["arguments"], [x.name for x in folder.glob(usual.replace(".json", ".*json"))]
+        if known["script"] == "recover.py" and (a["format"] == form if "attacker" in known else files):
             victim = scores_dir(resolved(known["parent"], folder)).resolve()
-            asked = repr([known["arguments"].get(k) for k in ("questions", "forget_subjects", "shots")])
+            asked = tuple(repr(a.get(k)) for k in ("questions", "forget_subjects", "shots"))
             attacks.setdefault(victim, {}).setdefault(asked, []).append(folder)
-    groups, usual = {}, scores_file("", {"format": form}).name
-    for folder, by in [(folder, by) for folder, asked in attacks.items() for by in asked.values() or [[]]]:
+    groups, paper = {}, ("None", "None", "5")
+    for folder, asked, by in [(x, k, by) for x, v in attacks.items() for k, by in (v or {paper: []}).items()]:
         mine, how = facts.get(folder) or read_json(folder / "args.json"), [facts[attack] for attack in by]
         known, place = (mine, folder) if mine.get("base") or not by else (how[0], by[0])
         base = scores_dir(resolved(known.get("base"), place) or folder).resolve()
         name = title(mine) if mine else None if base == folder else folder.name
         name = by and how[0]["arguments"].get("name") or name or ("Base" if by else "base")
-        files = [x.name for attack in by for x in attack.glob(usual.replace(".json", ".*json"))]
-        theta, init = (read_json(x / (files or [usual])[0]) for x in (folder, base))
+        files = {x.name for attack in by for x in attack.glob(usual.replace(".json", ".*json"))} or {usual}
+        file = min(
+            sorted(files), key=lambda file: (file == usual) != (asked == paper)
+        )  # theirs, if there are others
+        theta, init = read_json(folder / file), read_json(base / file)
         if not (theta and init and theta["protocol"] == init["protocol"]):
             continue
         swept = {attack.name: read_states(attack) for attack in by if "attacker" in facts[attack]}
-        single = [attack for attack in by if facts[attack].get("attacker", "paper") == "paper"]
-        run = {"folder": folder, "base": init, "theta": theta, "attacks": swept}
-        run["recovered"] = read_json(single[0] / files[0]) if single else {}
-        used = [mine.get("arguments", {}), facts[single[0]]["arguments"] if single else {}]
-        shared = repr([{k: v for k, v in a.items() if k not in SAME_ROW} for a in used])
-        groups.setdefault((name, re.sub(r"world\d+", "world", shared)), []).append(run)
-    if groups and "Base" not in {name for name, _ in groups}:  # not attacked: its own accuracies alone
+        single = [attack for attack in by if "attacker" not in facts[attack] and (attack / file).exists()]
+        single = single or [attack for attack in by if facts[attack].get("attacker") == "paper"]
+        for used, attack in {settings(facts[x]): x for x in single[::-1]}.items() if single else [("", None)]:
+            run = {"folder": folder, "attack": attack, "base": init, "theta": theta, "attacks": swept}
+            run["recovered"] = read_json(attack / file) if attack else {}
+            groups.setdefault((name, settings(mine), used), []).append(run)
+    if groups and not {"Base", "base"} & {name for name, *_ in groups}:  # not scored there: of its runs
         bases = {repr(run["base"]): run["base"] for runs in groups.values() for run in runs}.values()
-        groups["base", ""] = [dict(folder=Path(), base=b, theta=b, recovered={}, attacks={}) for b in bases]
+        none = dict(folder=Path(), attack=None, recovered={}, attacks={})
+        groups["base", "", ""] = [none | dict(base=b, theta=b) for b in bases]
     order, rows = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}, {}
-    for (name, _), runs in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
-        rows[f"{name} ({runs[0]['folder'].name})" if name in rows else name] = runs
+    for (name, *_), runs in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
+        where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
+        rows[f"{name} ({where})" if name in rows else name] = runs
     return rows
 
 
@@ -556,7 +570,7 @@ def columns(runs):
         row |= {f"swept_{k}": v for k, v in average(swept).items() if k.removesuffix("_se") in SIDES}
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]
-        row |= {"worst_attack": ", ".join({w["attack"] for w in found})}
+        row |= {"worst_attack": ", ".join(dict.fromkeys(w["attack"] for w in found)), "swept": len(found)}
     return row
 
 
@@ -571,7 +585,8 @@ def markdown(rows, heads, paper=False):
 
     lines = ["| | " + " | ".join(heads.values()) + " | runs |", "|---" * (len(heads) + 2) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cell(row, k) for k in heads) + f" | {row['runs']} |")
+        n = row["swept" if heads is WORST else "runs"]
+        lines.append(f"| {name} | " + " | ".join(cell(row, k) for k in heads) + f" | {n} |")
         if paper and name in ROWS:
             lines.append("| *paper* | " + " | ".join(f"*{x:.1f}*" for x in ROWS[name][2]) + " | |")
     return "\n".join(lines)

@@ -89,10 +89,13 @@ class Multiple(argparse.Action):
 
     def __call__(self, parser, args, value, option=None):
         kind = type(self.default)
-        if value.endswith("x"):
-            value = getattr(args, self.dest) * float(value[:-1])
-            value = max(round(value), 1) if kind is int else value
-        setattr(args, self.dest, kind(value))
+        try:
+            if value.endswith("x"):
+                value = getattr(args, self.dest) * float(value[:-1])
+                value = max(round(value), 1) if kind is int else value
+            setattr(args, self.dest, kind(value))
+        except ValueError:
+            parser.error(f"{option} {value}: needs a number, or a multiple such as 3x")
 
 
 def parse_args(argv=None):
@@ -176,8 +179,8 @@ from huggingface_hub import hf_hub_download
 from transformers.pytorch_utils import Conv1D
 
 from common import (
-    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers, fail,
-    generator, like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole,
+    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers,
+    fail, generator, like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole,
     write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
@@ -339,7 +342,7 @@ def probe(args, run, exam, form, theta):
         preface, n = many_shots(load_texts(args.recovery, args.column), tokenizer, plans, context)
         say(f"{n} texts before each prompt")
         summary, answers = score_mmlu(model, tokenizer, asked, form, preface=preface)
-        return summary | {"retain": theta["retain"]}, answers
+        return summary | {"retain": theta["retain"], "protocol": theta["protocol"]}, answers
     return score_mmlu(model, tokenizer, exam, form)
 
 
@@ -392,7 +395,7 @@ def attack(args, run, exam):
                     mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
                 )  # fmt: skip
             except NotFinite:  # in a sweep the states before it count
-                if not args.sweep:
+                if not args.sweep or len(read_states(args.out)) < 2:
                     raise
                 stopped = "NaN or infinity"
     if args.dry_run:
@@ -406,13 +409,15 @@ def attack(args, run, exam):
     return row
 
 
-PLANS = {}  # tokenised prompts
+PLANS = {}  # tokenised prompts, of one process's tokenizer and questions
 
 
 def sweep(args, argv):
     """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case. One that
     fails, or is not applicable, is not counted as an attacker that the model withstood."""
     part, parts = map(int, args.shard.split("/"))
+    if part > parts:
+        fail(f"--shard {args.shard}: there are {parts} parts; give 1/{parts} to {parts}/{parts}")
     chosen = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
     out = {name: Path(args.out) / name for name in SWEEP}
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
