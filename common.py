@@ -95,7 +95,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     meta   on the meta device, from the config alone (above 2 G parameters: as if on a GPU); no tokenizer
     """
     folder, cuda = Path(name), torch.cuda.is_available()
-    if not folder.is_dir() and (name.count("/") != 1 or Path(folder.parts[0]).exists()):
+    if not folder.is_dir() and (name.count("/") != 1 or name[0] in "./~" or Path(folder.parts[0]).exists()):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
     if (folder / "state").is_dir():
         fail(f"{flag} {name}: this run was cut off; rerun its command first")
@@ -119,6 +119,8 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         model = shard(model, dtype, device) if ranks() > 1 else model.to(device)
     except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds
         licence = "" if folder.is_dir() else "; gated? accept the licence on its page and run `hf auth login`"
+        if re.search("tiktoken|tokenizer.model", str(error)):  # transformers' last try without tokenizer.json
+            error = ImportError("its tokenizer.model needs: pip install sentencepiece protobuf")
         fail(f"{flag} {name}: cannot be loaded ({type(error).__name__}: {str(error):.300}){licence}")
     layers = next(key for key, module in model.named_modules() if module is decoder_layers(model))
     unused = [key for key in info["unexpected_keys"] if f"{layers.rpartition('.')[2]}." in key]
@@ -218,6 +220,8 @@ class Run:
         if own := texts is None and getattr(args, purpose, None):
             texts = texts_of(read_table(own, f"--{purpose}"), own, f"--{purpose}")
         elif texts is None:
+            if hasattr(args, "forget") and (args.forget or args.retain):
+                fail("--forget goes with --retain; give both, or --data")
             self.chunks = self.chunks or load_chunks(args.data)
             texts = self.chunks[purpose == "retain"]
         return Stream(texts, self.tokenizer, batch, args.tokens, args.seed, purpose, self.model.device)
@@ -503,7 +507,7 @@ def sum_gradients(params):
 # ---- data ----------------------------------------------------------------------------------------------
 
 
-KINDS = (".parquet", ".csv", ".txt", ".jsonl", ".zst", ".json")
+KINDS = (".parquet", ".csv", ".jsonl", ".zst", ".json", ".txt")
 
 
 def read_file(path):
@@ -552,7 +556,8 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
 
     datasets.disable_progress_bars()
     path = Path(source)
-    if not path.exists() and (path.suffix in KINDS or source[:1] in "./~" or Path(path.parts[0]).exists()):
+    a_path = path.suffix in (*KINDS, ".zip") or source[:1] in "./~" or Path(path.parts[0]).exists()
+    if not source or not path.exists() and a_path:
         fail(f"{flag} {source}: no such file or folder; give another")
     try:
         if not path.exists():
@@ -567,7 +572,11 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
             files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
             if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
                 fail(f"{flag} {source}: several data sets ({', '.join(sorted(folders))}); give one of them")
-            files = [x for x in files if re.match(f"{split}[-.]", x.name)] or files
+            found = [x for x in files if re.match(f"{split}[-.]", x.name)]
+            others = [x for x in files if re.match("(train|dev|validation|test)-", x.name)]
+            if others and not found and path.is_dir():
+                fail(f"{flag} {source}: has no {split}-* files; complete it, or give one of its files")
+            files = found or files
             rows = chain.from_iterable(map(read_file, files))
         first = next(rows, {})
     except Exception as error:  # pyarrow's, the hub's, datasets', json's

@@ -175,7 +175,7 @@ def question_of(text, choices, answer, where):
 def read_questions(source, flag, split="test"):
     """[question] of a headerless CSV (text, four choices, A to D; to pandas "None" would be missing), or of
     rows `question`, `choices`, `answer` of what read_table takes, NAME or NAME:CONFIG."""
-    if source.endswith(".csv"):
+    if source.endswith(".csv") and os.path.exists(source):
         with open(source, newline="", encoding="utf-8-sig") as f:
             rows = [(row[0], row[1:-1], row[-1]) for row in csv.reader(f) if row]
     else:
@@ -218,7 +218,9 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     exam = Exam({name: (mmlu[name][0][:shots], mmlu[name][1]) for name in names}, forget, shots, (), usual)
     if questions:
         own = re.sub(r"\W+", "_", Path(questions.partition(":")[2] or questions).stem)
-        rest = {name: asked for name, asked in exam.items() if name not in forget and name != own}
+        rest = {name: asked for name, asked in exam.items() if name not in forget}
+        if own in rest:
+            fail(f"--questions {questions}: {own} is a subject of the retain set; give the file another name")
         rest[own] = [], read_questions(questions, "--questions")
         exam = Exam(rest, (own,), shots, {own: about or own.replace("_", " ")})
     return exam
@@ -331,10 +333,14 @@ def scores_dir(name):
     return Path(name) if os.path.isdir(name) else Path("out") / str(name).replace("/", "--")
 
 
+FILES = {"letter": "mmlu.json", "cloze": "mmlu_cloze.json"}
+
+
 def scores_file(folder, protocol):
-    """mmlu.json or mmlu_cloze.json; of other questions than the usual ones, with their digest in the name."""
-    digest = "" if protocol.get("usual", True) else f".{protocol['questions'][:8]}"
-    return Path(folder) / f"mmlu{'_cloze' * (protocol['format'] == 'cloze')}{digest}.json"
+    """One of FILES; for other questions than the usual ones, or than there, with their digest in its name."""
+    usual = Path(folder) / FILES[protocol["format"]]
+    other = not protocol.get("usual", True) or read_json(usual).get("protocol", protocol) != protocol
+    return usual.with_suffix(f".{protocol['questions'][:8]}.json") if other else usual
 
 
 def read_scores(name, exam, form):
@@ -509,7 +515,7 @@ def rows_under(root, form):
     """
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     attacks = {folder: {} for folder, known in facts.items() if known["script"] != "recover.py"}
-    usual = scores_file("", {"format": form}).name
+    usual = FILES[form]
     for folder, known in facts.items():  # {victim: {what was asked: [attack ..]}}
         a, files = known["arguments"], [x.name for x in folder.glob(usual.replace(".json", ".*json"))]
         if known["script"] == "recover.py" and (a["format"] == form if "attacker" in known else files):
@@ -620,6 +626,8 @@ def main(args):
             return print(tables(rows, args.paper))
         frame = pandas.DataFrame(rows).T
         return print({"csv": frame.to_csv, "json": frame.T.to_json, "latex": frame.to_latex}[args.to]())
+    if args.out and os.path.isfile(args.out):
+        fail(f"--out {args.out}: is a file; choose another --out")
     more = dict(shots=args.shots, questions=args.questions, about=args.about)
     exam = load_mmlu(args.mmlu, args.split, args.subjects, args.forget_subjects, **more)
     for name in args.ckpt:

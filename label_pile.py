@@ -184,13 +184,13 @@ def answer_ids(tokenizer, tail):
     """Token ids that begin a yes and a no after the prompt's tail, as {"yes": [..], "no": [..]}: with and
     without a space (after a template's line break there is none), capital and small. They are those of tail +
     answer with the tail's cut off, as for the letters of MMLU."""
-    before = tokenizer(tail, add_special_tokens=False).input_ids
-    found = {}
-    for answer in ("yes", "no"):
-        words = (answer, answer.title(), answer.upper())
-        texts = [tail + space + word for space in (" ", "") for word in words]
-        ids = tokenizer(texts, add_special_tokens=False).input_ids
-        found[answer] = {x[len(before)] for x in ids if len(x) > len(before) and x[: len(before)] == before}
+    found = {"yes": set(), "no": set()}
+    for start in (tail, ""):  # alone too: after a template that ends in a space "yes" would merge with that
+        before = tokenizer(start, add_special_tokens=False).input_ids
+        for answer in found:
+            words = [space + word for space in (" ", "") for word in (answer, answer.title(), answer.upper())]
+            ids = tokenizer([start + word for word in words], add_special_tokens=False).input_ids
+            found[answer] |= {x[len(before)] for x in ids if x[: len(before)] == before != x}
     both = found["yes"] & found["no"] | {tokenizer.unk_token_id}  # such as a space that is a token of its own
     found = {answer: sorted(ids - both) for answer, ids in found.items()}
     if not all(found.values()):
@@ -228,8 +228,9 @@ class Parts:
         self.folder, kept = Path(folder), Path(folder) / "settings.json"
         self.stem = "part" if shard[1] == 1 else f"part-{shard[0]}-of-{shard[1]}"
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
-        if self.summary.exists():
-            fail(f"--out {folder} is a finished run; choose another --out, or delete that directory first")
+        if self.summary.exists() or self.folder.is_file():
+            what = "is a finished run" if self.summary.exists() else "is a file"
+            fail(f"--out {folder} {what}; choose another --out, or delete that first")
         if read_json(kept) not in ({}, settings):
             fail(f"--out {folder}: was begun with other settings (settings.json); choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +286,10 @@ def main(args):
     shard = args.shard[0] + args.shard[1] * rank, args.shard[1] * ranks  # torchrun: each process works alone
     rows = read_table(args.pile, "--pile", ("text",), streaming=True)
     model, tokenizer = load_model(args.judge, args.dtype, args.device, flag="--judge")
-    cutter = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else tokenizer
+    try:
+        cutter = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else tokenizer
+    except (OSError, ValueError) as error:
+        fail(f"--tokenizer {args.tokenizer}: cannot be loaded ({str(error):.200}); give another")
     head, tail = frame(tokenizer, args.question, args.concept, args.chat)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):

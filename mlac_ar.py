@@ -79,7 +79,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
-    if args.alpha < 0 or not 0 < args.lr < 1:
+    if not (0 <= args.alpha < 1e9 and 0 < args.lr < 1):
         parser.error("--alpha starts at 0; 0 < --lr < 1")
     if args.dry_run:
         args.N, args.K = 1, min(args.K, 2)  # more steps hold no more

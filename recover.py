@@ -158,7 +158,8 @@ def parse_args(argv=None):
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
     args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
     args.base = args.base or args.ckpt
-    if min(args.steps, args.batch, args.eval_every, args.log_every) < 1 or args.tokens < 2 or args.lr <= 0:
+    least = min(args.steps, args.batch, args.eval_every, args.log_every)
+    if least < 1 or args.tokens < 2 or not 0 < args.lr < 1e3:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
     if not 0 <= args.shots <= 5 or not re.fullmatch(r"[1-9]\d*/[1-9]\d*", args.shard):
         parser.error("--shots goes from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
@@ -376,11 +377,12 @@ def attack(args, run, exam):
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
             show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form, plans=PLANS))
 
-    run.begin(tokens=0 if args.probe else args.batch * args.tokens)
     if not args.dry_run:
         theta, answers = untouched(args.ckpt, exam, form, lambda: (model, run.tokenizer))
         load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
         init, _ = untouched(args.base, exam, form, load_base)  # of an untouched --ckpt: that very file
+    run.begin(tokens=0 if args.probe else args.batch * args.tokens)
+    if not args.dry_run:
         say(f"base   | {show_scores(init)}")
         if not run.saved:
             show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
-    if min(args.alpha, args.rm_steps) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
+    if args.rm_steps < 0 or not (0 <= args.alpha < 1e9 and 0 < args.lr < 1 and 0 < args.rm_lr < 1):
         parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
     if args.dry_run:
         args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more

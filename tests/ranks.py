@@ -26,8 +26,7 @@ class Rows(Batches):
         return tuple(x[common.rank() :: common.ranks()].contiguous() for x in super().__getitem__(i))
 
 
-F, F_K, HELD = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3)
-LOGGED = []  # of all ranks together, by step
+F, F_K, HELD, LOGGED = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3), []  # LOGGED: of all ranks together
 
 
 def log(i, steps, **values):

@@ -125,9 +125,9 @@ def test_an_out_that_is_finished_or_not_ours_or_in_use_is_left_alone(tmp_path, c
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for name, says in {"file": "empty", "model": "empty", "done": "finished", "used": "another"}.items():
             refused(capsys, "random_mapping", *SHORT, "--steps", 1, "--out", tmp_path / name, says=says)
-        attack = ("--ckpt", tmp_path / "model", "--out", tmp_path / "model")
-        refused(capsys, "recover", "--tiny", *attack, says="not empty")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "done" / "state").mkdir()  # a kill while the last save is dropped leaves some of it
+    common.load_model(str(tmp_path / "done"), device="cpu")
 
 
 def test_only_whole_saves_count_and_a_full_disk_costs_no_more_than_a_save(tmp_path, monkeypatch, capsys):
