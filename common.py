@@ -97,7 +97,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     folder, cuda = Path(name), torch.cuda.is_available()
     if not folder.is_dir() and (name.count("/") != 1 or name[0] in "./~" or Path(folder.parts[0]).exists()):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
-    if (folder / "state").is_dir():
+    if (folder / "state").is_dir() and not (folder / "args.json").exists():
         fail(f"{flag} {name}: this run was cut off; rerun its command first")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -278,7 +278,7 @@ class Run:
                 dist.all_reduce(wishes, dist.ReduceOp.MAX)
             stop, save = wishes.tolist()
             if stop or save:
-                check_finite(f"{i} (weights)", *(p.detach().abs().max() for p in lists[0]))
+                check_finite(f"{i} (weights)", *(local(p).detach().sum() for p in lists[0]))
             if every and (stop or save):
                 self.save_state(tensors, self.state / f"{phase}-{i}")
             if stop and i < steps:
