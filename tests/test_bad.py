@@ -165,7 +165,7 @@ CHECKPOINTS = {  # name: what is done to the miniature's base
     "shallow": config(num_hidden_layers=1),
     "deep": config(num_hidden_layers=7),
     "short": config(max_position_embeddings=32),
-    "cut_off": lambda folder: (folder / "state").mkdir(),
+    "cut_off": lambda folder: ((folder / "args.json").unlink(), (folder / "state").mkdir()),
 }
 
 

@@ -71,7 +71,7 @@ def compare(a, b, first):
         assert step == pytest.approx(same, rel=1e-4, abs=1e-6)
 
 
-PAIRS = [(kind, case) for kind in KINDS for case in (ranks.FEW if "micro" in kind else ranks.CASES)]
+PAIRS = [(kind, case) for kind in KINDS for case in (ranks.CASES if kind == "own_head" else ranks.FEW)]
 
 
 @pytest.mark.parametrize("kind, case", PAIRS)
