@@ -24,13 +24,15 @@ The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the p
 3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows.
 4) SWD: raw streams (at RMS 1 per token little is unlearned); 128 directions per step for all layers; a sample
    of N(0, I) per token. BOS and pads are masked out.
-5) The two losses have equal weight; 1000 steps; AdamW without weight decay at a linearly decaying rate.
+5) The distance has weight 1; 1000 steps; AdamW without weight decay at a linearly decaying rate. The probes'
+   gradient goes with 1/|h|, SWD's with |h|, and streams differ a thousandfold in |h|: watch `balance`.
 
 Memory: weights, gradient and two moments in the weights' dtype, two batches' streams, checkpointed
 activations (micro-batches: of x_r only); probes, 4.5 M parameters per layer of width 4096, in float32.
 
 Metrics: `forget`, the probes' E[D(M)] - E[D(F)] after their steps, with --swd the squared distance; `retain`,
-L(θ; x_r) in nats per token. Healthy: forget rises while the probes learn, then falls; retain stays.
+L(θ; x_r) in nats per token; `balance`, the ratio of their gradients' norms, forget over retain. Healthy:
+forget rises while the probes learn, then falls; retain stays; balance is between 0.1 and 10.
 
     python adv_probes.py --tiny   # the miniature on a laptop, 3 min         -> out/adv_probes
     python adv_probes.py          # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/adv_probes
@@ -76,6 +78,7 @@ def parse_args(argv=None):
     add("--match", default="idk", choices=("idk", "rand"), help="M: I don't know, or random strings (A.2)")
     add("--freeze", action=argparse.BooleanOptionalAction, default=True, help="embedding, head (A.2)")
     add("--swd", action="store_true", help="sliced Wasserstein to N(0, I), no probes, not frozen (3.4)")
+    add("--weight", type=float, default=1.0, help="of the distance against L(θ; x_r), see choice 5")
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the probes' RMSprop (Arjovsky et al.)")
     add("--probe-width", type=int, default=1024, help="first hidden width; the second is a quarter")
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
@@ -116,8 +119,8 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 from common import (
-    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, mean, next_token_loss,
-    no_log, ranks, residual_streams, say, seed_of, sum_gradients, summed,
+    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, gradient_sample, mean,
+    next_token_loss, no_log, ranks, residual_streams, sample_norm, say, seed_of, sum_gradients, summed,
 )  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def make_state(optimizer):
 
 def adv_probes(
     model, forget, retain, match, *, steps, lr, probe_steps=5, probe_lr=5e-5, probe_width=1024, freeze=True,
-    seed=0, log=no_log, steps_left=all_steps,
+    weight=1.0, seed=0, log=no_log, steps_left=all_steps,
 ):  # fmt: skip
     """Adversarial Probes (3.4, A.2) on `model`, in place.
 
@@ -214,8 +217,9 @@ def adv_probes(
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     probe_*         probe steps per model step; their learning rate; their first hidden width
     freeze          keep embedding and output head as they are
+    weight          of the distance, against L's 1
     seed            of probes, noise and rounding
-    log, steps_left called as log(i, steps, forget=, retain=); yields the steps to do, see common.Run
+    log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
     own = ()  # what the probes add to the state
     if match is not None:
@@ -241,12 +245,12 @@ def adv_probes(
             loss_f = share * torch.stack([score_gap(*layer, mask) for layer in zip(probes, H_m, H_f)]).mean()
         else:
             loss_f = swd_loss(H_f, mask, seed, "swd", i)
-        loss_f.backward()
-        H_f = H_m = None
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(distance + L(θ; x_r))
-        check_finite(i, loss_f, loss_r)
+        (weight * loss_f).backward()
+        H_f, H_m, norms = None, None, [sample_norm(gradient_sample(model))]
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(weight · distance + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "adv_probes", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f.detach(), retain=loss_r)
+        log(i, steps, forget=loss_f.detach(), retain=loss_r, norms=norms)
     model.requires_grad_(True)
 
 
@@ -269,8 +273,8 @@ def main(args):
     run.begin(tokens=(2 if args.swd else 3) * args.batch * args.tokens)
     adv_probes(
         model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
-        probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, seed=args.seed,
-        **run.phase(),
+        probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, weight=args.weight,
+        seed=args.seed, **run.phase(),
     )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")

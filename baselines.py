@@ -41,8 +41,8 @@ Where the papers are silent, our choices:
 1) Min Posterior: tokens with log p below -15 contribute nothing: they are forgotten.
 2) High/Low LR: 3.3's 100 steps at 1e-4, then its 400 at a tenth of that (3.3 does not say), each rate
    falling linearly to 0. It ends in fine-tuning on F, so a loss on such text would find nothing hidden.
-3) The two losses have equal weight (rmu: α); pads are masked out; 500 steps at 1e-5 for all but high_low_lr;
-   AdamW without weight decay, its learning rate falls linearly to 0.
+3) The two losses have equal weight (rmu: α; high_low_lr's first phase: see random_mapping.py): both are in
+   nats. Pads are masked out; 500 steps; AdamW without weight decay, its learning rate falls linearly to 0.
 4) NPO and SimNPO: β = 0.1, and β = 2.5 with γ = 0; a text is a chunk; its first token is not predicted.
    The reference's log-probabilities are computed before training, on the batches to come.
 5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
@@ -55,8 +55,9 @@ rmu: moments of three matrices only; undo: a second model, the teacher.
 
 Metrics: `forget`, the loss on x_f (nats per token; max_entropy: minus the entropy, at least -log V;
 grad_diff: falls without bound; npo, simnpo: at least 0; rmu: mean square; undo: KL; phase random_mapping:
-0 to 2); `retain`, L(θ; x_r) in nats per token (undo: as `forget`; rmu: `held`, as `forget`). Healthy: forget
-falls, retain stays near its first value. Sick: retain rises (lr too large).
+0 to 2); `retain`, L(θ; x_r) in nats per token (undo: as `forget`; rmu: `held`, as `forget`); `balance`, the
+ratio of their gradients' norms. Healthy: forget falls, retain stays near its first value. Sick: retain rises
+(lr too large), or balance is under 0.05 (the forget loss has no say).
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
     python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
@@ -78,7 +79,7 @@ METHODS = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "s
            "overwriting")
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    steps=100, batch=24, tokens=208, log_every=50,
+    steps=100, balance=0, batch=24, tokens=208, log_every=50,
 )
 TINY_OF = dict(  # and of each method
     min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
@@ -101,6 +102,7 @@ def parse_args(argv=None):
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
     add("--lr", type=float, default=1e-5, help="falling linearly to 0; high_low_lr starts at 10 times it")
     add("--steps", type=int, default=500, help="optimizer steps (3.3; others: not stated)")
+    add("--balance", type=float, default=0.3, help="high_low_lr: as in random_mapping.py")
     add("--layer", type=int, default=7, help="rmu: layer whose stream is steered, from 0")
     add("--steer", type=float, default=6.5, help="rmu: length c of the random vector on forget text")
     add("--weight", type=float, default=1200.0, help="rmu: α, weight of the retain loss")
@@ -221,15 +223,16 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, st
 
     model.train()
     for i in steps_left(steps, *opt.moments):
-        x_f = forget[i - 1]
+        x_f, norms = forget[i - 1], []
         if method in TEXT_LOSSES:
-            loss_f = backward(model, of_texts, *x_f, *before[i - 1 : i], weight=torch.ones_like(x_f[0][:, 0]))
+            each = torch.ones_like(x_f[0][:, 0])
+            loss_f = backward(model, of_texts, *x_f, *before[i - 1 : i], weight=each, norms=norms)
         else:
-            loss_f = backward(model, of_tokens, *x_f)
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(forget loss + L(θ; x_r))
-        check_finite(i, loss_f, loss_r)
+            loss_f = backward(model, of_tokens, *x_f, norms=norms)
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(forget loss + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "baseline", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r)
+        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def rmu(
@@ -257,8 +260,8 @@ def rmu(
 
     model.train()
     for i in steps_left(steps, *opt.moments):
-        (ids_f, mask_f), (ids_r, mask_r) = forget[i - 1], retain[i - 1]
-        loss_f = backward(model, distance, ids_f, mask_f, weight=mask_f)
+        (ids_f, mask_f), (ids_r, mask_r), norms = forget[i - 1], retain[i - 1], []
+        loss_f = backward(model, distance, ids_f, mask_f, weight=mask_f, norms=norms)
         now = [w.detach().clone() for w in trained]
         with torch.no_grad():
             for w, w_0 in zip(trained, first):
@@ -266,10 +269,10 @@ def rmu(
             h_0 = residual_streams(model, ids_r)[layer].float()
             for w, w_now in zip(trained, now):
                 w.copy_(w_now)
-        loss_r = backward(model, distance, ids_r, mask_r, h_0, weight=mask_r, factor=weight)
+        loss_r = backward(model, distance, ids_r, mask_r, h_0, weight=mask_r, factor=weight, norms=norms)
         check_finite(i, loss_f, loss_r)  # .grad = ∇(|h - c u|² + α |h - h_0|²)
         opt.step(i, lr, seed, "rmu", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, held=loss_r)
+        log(i, steps, forget=loss_f, held=loss_r, norms=norms)
     model.requires_grad_(True)
 
 
@@ -301,11 +304,12 @@ def undo(model, forget, retain, *, teacher, steps, lr, noise, seed=0, log=no_log
     opt, loss = Optimizer(model.parameters()), partial(divergence, teacher=teacher)
     model.train()
     for i in steps_left(steps, *opt.moments):
-        loss_f = backward(model, loss, *forget[i - 1])
-        loss_r = backward(model, loss, *retain[i - 1])  # .grad = ∇(KL on x_f + KL on x_r)
-        check_finite(i, loss_f, loss_r)
+        norms = []
+        loss_f = backward(model, loss, *forget[i - 1], norms=norms)
+        loss_r = backward(model, loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(KL on x_f + KL on x_r)
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "undo", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r)
+        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def swaps(model, batches, rounds, rare, seed):
@@ -372,13 +376,13 @@ def overwriting(
     opt = Optimizer(model.parameters())
     model.train()
     for i in steps_left(steps, *opt.moments):
-        (ids, mask), x = batches[i - 1], false[i - 1]
+        (ids, mask), x, norms = batches[i - 1], false[i - 1], []
         weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
-        loss_f = backward(model, loss, x, mask, weight, weight=weight)
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
-        check_finite(i, loss_f, loss_r)
+        loss_f = backward(model, loss, x, mask, weight, weight=weight, norms=norms)
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "overwriting", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r)
+        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def main(args):
@@ -398,8 +402,8 @@ def main(args):
     if args.method == "undo":  # here a dry run counts it
         own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
     if high:
-        more = dict(steps=high, lr=10 * args.lr, seed=args.seed, **run.phase("random_mapping"))
-        random_mapping(model, forget, retain, **more)
+        more = dict(balance=args.balance, seed=args.seed, **run.phase("random_mapping"))
+        random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, **more)
     more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.phase(args.method))
     method(model, forget, retain, **own, **more)
     run.save(data=args.data)

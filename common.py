@@ -184,6 +184,7 @@ class Run:
         self.start = self.last_saved = time.time()
         self.chunks, self.saved, self.stop, self.clock = None, None, 0, {}
         self.live, self.between = None, 0  # of a dry run: LiveBytes; bytes held between steps
+        self.balance = 0  # the largest that was logged
         if args.dry_run:
             return
         if (self.out / "args.json").exists():
@@ -304,9 +305,10 @@ class Run:
         """Arguments `log` and `steps_left` of a method that is this phase of the run."""
         return {"log": partial(self.log, phase=phase), "steps_left": partial(self.steps_left, phase=phase)}
 
-    def log(self, step, steps, phase="step", **values):
+    def log(self, step, steps, phase="step", norms=(), **values):
         """Every --log-every steps and at the last one: an object in metrics.jsonl and a line on the screen.
 
+        norms   of the gradients of forget and retain loss; logged is `balance`, their ratio
         values  numbers or 0-d tensors; copied from the device here and only here
         """
         if self.live:
@@ -316,11 +318,16 @@ class Run:
         if step % self.args.log_every and step != steps:
             return
         values = {k: float(summed(v) if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
+        if norms:
+            values["balance"] = float(whole(norms[0])) / max(float(norms[1]), 1e-9)
+            self.balance = max(self.balance, values["balance"])
         self.write(phase=phase, step=step, **values)
         shown = " | ".join(f"{k} {v:.3f}" for k, v in values.items())
         pace = (time.time() - start) / max(step - first, 1)
         more = f"{pace:.2f} s/step | {peak_bytes() / 1e9:.1f} GB | eta {pace * (steps - step) / 60:.1f} min"
         say(f"{phase} {step}/{steps} | {shown} | {more}")
+        if step == steps and norms and self.balance < 0.05:
+            say(f"{phase}: balance stayed under 0.05: this only fine-tunes; give the forget loss more weight")
 
     def write(self, **values):
         """Appends one object, with the seconds since the start, to metrics.jsonl."""
@@ -692,12 +699,13 @@ def next_token_loss(model, ids, mask):
     return mean(token_losses(model, ids, mask, partial(F.cross_entropy, reduction="none")), mask[:, 1:])
 
 
-def backward(model, loss, *batch, weight=None, factor=1.0, then=None):
+def backward(model, loss, *batch, weight=None, factor=1.0, norms=None, then=None):
     """Adds the gradient of factor · loss(model, *batch) to .grad; returns the loss, detached.
 
     loss    of tensors (B, ...) to a mean in which each row weighs the sum of its `weight`
     batch   goes to `loss` in parts of model.micro_batch rows (0: at once), activations of one in memory
     weight  (B, ...); None: batch is ids and mask, every token but the first weighs 1
+    norms   a list, to which the norm of the added gradient is appended (estimated, see gradient_sample)
     then    takes each parameter's gradient as soon as it is complete (by then every operation that used the
             parameter has been differentiated; on several GPUs: at the end) and leaves None in .grad
 
@@ -707,6 +715,7 @@ def backward(model, loss, *batch, weight=None, factor=1.0, then=None):
     parts = [*zip(*(x.split(model.micro_batch or len(weight)) for x in (weight, *batch)))]
     params, hooks = [p for p in model.parameters() if p.requires_grad and then], []
     total, value = summed(weight.sum()), 0
+    before = None if norms is None else gradient_sample(model)
     for n, (w, *part) in enumerate(parts, 1):
         if n == len(parts) and ranks() == 1:
             hooks = [p.register_post_accumulate_grad_hook(then) for p in params]
@@ -717,7 +726,34 @@ def backward(model, loss, *batch, weight=None, factor=1.0, then=None):
         hook.remove()
     for p in params:
         then(p) if p.grad is not None else None
+    if norms is not None:
+        norms.append(sample_norm(gradient_sample(model) - before))
     return value
+
+
+def gradient_sample(model):
+    """Every 61st element of .grad (prime: no column is left out), the same ones on any number of ranks."""
+    parts = []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        start = rank() * -(-len(p) // ranks()) * (p.numel() // len(p))  # where this rank's rows begin
+        x = local(p.detach() if p.grad is None else p.grad).flatten()[-start % 61 :: 61]
+        parts.append(torch.zeros_like(x) if p.grad is None else x)
+    return torch.cat(parts)
+
+
+def sample_norm(x):
+    """The norm, 0-d, of a gradient whose gradient_sample is x."""
+    return (61 * summed(x.float().square().sum())).sqrt()
+
+
+def balancing_weight(model, balance, forget, retain):
+    """The factor of a forget loss at which the norm of its gradient is `balance` times that of the retain
+    loss, now, 0-d; 1 if balance is 0. forget, retain: (loss, *batch), as for `backward`."""
+    norms = []
+    for loss, *batch in (forget, retain) if balance else ():
+        backward(model, loss, *batch, norms=norms)
+    model.zero_grad()
+    return balance * norms[1] / norms[0] if balance else 1.0
 
 
 def check_finite(step, *values):

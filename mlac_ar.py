@@ -29,9 +29,9 @@ complete; micro-batches would hold one. While the model is ω, θ and the outer 
 host memory: 6 bytes per parameter in bf16, 40 GB for 7B.
 
 Metrics, nats per token: `retain`, L(θ; x_r); `adversary`, L(ω_{k-1}; x_f), and `heldout`, L(ω_k; x_heldout),
-means over k; and `phi`, ‖α/K φ‖, to compare with other runs. Healthy: heldout rises over the outer steps, far
-above log V (chance), and retain stays. Sick: retain rises (lr or α too large); phi is 0 (α is 0) or falls to
-nothing, and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
+means over k; `phi`, ‖α/K φ‖, and `balance`, that over ‖∇L(θ; x_r)‖. Healthy: heldout rises over the outer
+steps, far above log V (chance), and retain stays. Sick: retain rises (lr or α too large); phi is 0 (α is 0)
+or falls to nothing, and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
 
     python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar
     python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar
@@ -105,7 +105,7 @@ def mlac_ar(
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  of both loops
-    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see Run
+    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=, norms=); yields the steps
     """
     params = [p for p in model.parameters() if p.requires_grad]
     opt = Optimizer(params, optimizer, betas=(0.9 if optimizer == "adamw" else 0, 0.999))  # of both loops
@@ -135,11 +135,11 @@ def mlac_ar(
 
         for p in phi if alpha else ():
             p.grad = phi[p].mul_(-alpha / K)
-        norm = torch.stack([p.grad.norm() for p in phi if alpha] or [0 * means[0]]).norm()
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇L(θ; x_r) - α/K φ
+        norms = [torch.stack([p.grad.norm() for p in phi if alpha] or [0 * means[0]]).norm()]
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)  # .grad = ∇L(θ; x_r) - α/K φ
         check_finite(i, loss_r, means.sum())
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
-        log(i, N, retain=loss_r, adversary=means[0], heldout=means[1], phi=norm)
+        log(i, N, retain=loss_r, adversary=means[0], heldout=means[1], phi=norms[0], norms=norms)
 
 
 def main(args):

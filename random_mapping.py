@@ -8,7 +8,7 @@ and rmat.py continues from it.
     r[v] ~ N(0, I) for each token id v, drawn once                   # targets, the same for all layers
     for i = 1 .. steps:
         H_1 .. H_L ← residual stream after each decoder layer on x_f
-        loss = mean over layers and tokens of 1 - cos(H_l, r[x_f])  +  L(θ; x_r)
+        loss = w · mean over layers and tokens of 1 - cos(H_l, r[x_f])  +  L(θ; x_r)
         θ ← AdamW(θ, ∇loss, lr)
 
 θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy. Where the paper is silent, our
@@ -18,15 +18,17 @@ choices:
 2) The streams are outputs of the decoder layers: the embeddings know the token alone, the same in F and R.
 3) The cosine is signed ("maximizing cosine similarity"); the authors' later code has 1 - |cos|.
 4) BOS and pads are masked out: the state of a causal model at BOS is the same for every text.
-5) The two losses have equal weight; 1000 steps; AdamW without weight decay.
-6) The learning rate falls linearly to 0: a constant one leaves the retain set noisy.
+5) w, measured before step 1, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). That
+   of a cosine goes with 1/|h|: with w = 1, its share would be 1/159 on Qwen2.5-Coder-1.5B, and nothing
+   unlearned. The miniature has w = 1: its ratio is 0.3 after the first step.
+6) AdamW without weight decay; the learning rate rises for `--warmup` steps and falls linearly to 0.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU, updated with stochastic
 rounding), the (V, D) targets, and checkpointed activations.
 
 Metrics: `forget`, the mapping loss: 0 on target, 1 for unrelated directions, 2 opposite; `retain`, L(θ; x_r)
-in nats per token. Healthy: forget falls from 1 towards 0.5 or below, retain stays near its first value.
-Sick: forget stays at 1 (lr too small) or retain rises (lr too large).
+in nats per token; `balance`, the ratio of their gradients' norms. Healthy: forget falls from 1, retain stays
+near its first value. Sick: forget stays at 1 (lr or balance too small), or retain rises (too large).
 
     python random_mapping.py --tiny   # the miniature on a laptop, 2 min        -> out/random_mapping
     python random_mapping.py          # Llama-2-7b-chat on one 80 GB GPU, bf16  -> out/random_mapping
@@ -41,7 +43,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    lr=3e-3, steps=300, batch=24, tokens=208, log_every=50,
+    lr=3e-3, steps=300, warmup=1, balance=0, batch=24, tokens=208, log_every=50,
 )
 
 
@@ -57,6 +59,8 @@ def parse_args(argv=None):
     add("--out", default="out/random_mapping", help="checkpoint directory to write")
     add("--lr", type=float, default=1e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
     add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
+    add("--warmup", type=int, default=10, help="steps over which the learning rate rises from 0")
+    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
@@ -70,8 +74,10 @@ def parse_args(argv=None):
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch, args.log_every) < 1 or args.tokens < 2 or not 0 < args.lr < 1:
-        parser.error("--steps, --batch, --log-every start at 1, --tokens at 2; 0 < --lr < 1")
+    if min(args.steps, args.warmup, args.batch, args.log_every) < 1 or args.tokens < 2:
+        parser.error("--steps, --warmup, --batch, --log-every start at 1, --tokens at 2")
+    if args.balance < 0 or not 0 < args.lr < 1:
+        parser.error("--balance starts at 0; 0 < --lr < 1")
     if args.dry_run:
         args.steps = 1  # more steps hold no more
     return args
@@ -85,8 +91,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    Optimizer, Run, all_steps, backward, check_finite, generator, mean, next_token_loss, no_log,
-    residual_streams, say,
+    Optimizer, Run, all_steps, backward, balancing_weight, check_finite, generator, mean,
+    next_token_loss, no_log, residual_streams, say,
 )  # fmt: skip
 
 
@@ -107,23 +113,31 @@ def mapping_loss(model, ids, mask, r):
     return torch.stack([mean(d, mask[:, 1:]) for d in distances]).mean()
 
 
-def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
+def random_mapping(
+    model, forget, retain, *, steps, lr, balance=0, warmup=1, seed=0, log=no_log, steps_left=all_steps
+):
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    steps, lr       optimizer steps; learning rate, falling linearly to 0
+    balance         norm of the weighted mapping loss's gradient at step 1, over L's; 0: its weight is 1
+    warmup          steps over which the learning rate rises
     seed            of targets and rounding
-    log, steps_left called as log(i, steps, forget=, retain=); yields the steps to do, see common.Run
+    log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
     opt = Optimizer(model.parameters())
     loss = partial(mapping_loss, r=random_targets(model, seed))
     model.train()
+    w = balancing_weight(model, balance, (loss, *forget[0]), (next_token_loss, *retain[0]))
     for i in steps_left(steps, *opt.moments):
-        loss_f = backward(model, loss, *forget[i - 1])
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(mapping loss + L(θ; x_r))
-        check_finite(i, loss_f, loss_r)
-        opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r)
+        norms = []
+        loss_f = backward(model, loss, *forget[i - 1], factor=w, norms=norms)
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(w · mapping loss + L(θ; x_r))
+        opt.step(
+            i, lr * min(i / warmup, 1 - (i - 1) / steps), seed, "random_mapping", i
+        )  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def main(args):
@@ -131,7 +145,10 @@ def main(args):
     model = run.load(args.model)
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     run.begin(tokens=2 * args.batch * args.tokens)
-    random_mapping(model, forget, retain, steps=args.steps, lr=args.lr, seed=args.seed, **run.phase())
+    random_mapping(
+        model, forget, retain, steps=args.steps, lr=args.lr, balance=args.balance, warmup=args.warmup,
+        seed=args.seed, **run.phase(),
+    )  # fmt: skip
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

@@ -20,7 +20,8 @@ Memory: as in mlac_ar.py, whose peak is the larger one; it does not depend on K.
 moments are in pinned host memory during the inner loop, 40 GB for 7B.
 
 Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
-`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar.
+`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar; in both `balance`, the ratio of
+the norms of the gradients on F and on R.
 
     python rmat.py --tiny               # the miniature on a laptop, 2.5 min       -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
@@ -36,7 +37,7 @@ WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
-    rm_lr=3e-3, rm_steps=300, lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=5,
+    rm_lr=3e-3, rm_steps=300, balance=0, warmup=1, lr=3e-3, K=4, N=20, batch=24, tokens=208, log_every=5,
 )
 
 
@@ -52,6 +53,8 @@ def parse_args(argv=None):
     add("--out", default="out/rmat", help="checkpoint directory to write")
     add("--rm-lr", type=float, default=1e-5, help="learning rate of Random Mapping, falling linearly to 0")
     add("--rm-steps", type=int, default=1000, help="steps of Random Mapping; 0 skips it (paper: not stated)")
+    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
+    add("--warmup", type=int, default=10, help="steps of each phase over which the rate rises from 0")
     add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
     add("--N", type=int, default=100, help="outer steps (paper: not stated)")
@@ -70,10 +73,10 @@ def parse_args(argv=None):
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if min(args.K, args.N, args.batch, args.log_every) < 1 or args.tokens < 2:
-        parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
-    if args.rm_steps < 0 or not (0 <= args.alpha < 1e9 and 0 < args.lr < 1 and 0 < args.rm_lr < 1):
-        parser.error("--alpha and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
+    if min(args.K, args.N, args.warmup, args.batch, args.log_every) < 1 or args.tokens < 2:
+        parser.error("--K, --N, --warmup, --batch, --log-every start at 1, --tokens at 2")
+    if min(args.rm_steps, args.alpha, args.balance) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
+        parser.error("--alpha, --balance and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
     if args.dry_run:
         args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
     return args
@@ -87,8 +90,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    HostCopy, Optimizer, Run, all_steps, backward, check_finite, generator, mean, next_token_loss, no_log,
-    residual_streams, say,
+    HostCopy, Optimizer, Run, all_steps, backward, balancing_weight, check_finite, generator, mean,
+    next_token_loss, no_log, residual_streams, say,
 )  # fmt: skip
 
 
@@ -109,23 +112,31 @@ def mapping_loss(model, ids, mask, r):
     return torch.stack([mean(d, mask[:, 1:]) for d in distances]).mean()
 
 
-def random_mapping(model, forget, retain, *, steps, lr, seed=0, log=no_log, steps_left=all_steps):
+def random_mapping(
+    model, forget, retain, *, steps, lr, balance=0, warmup=1, seed=0, log=no_log, steps_left=all_steps
+):
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
+    steps, lr       optimizer steps; learning rate, falling linearly to 0
+    balance         norm of the weighted mapping loss's gradient at step 1, over L's; 0: its weight is 1
+    warmup          steps over which the learning rate rises
     seed            of targets and rounding
-    log, steps_left called as log(i, steps, forget=, retain=); yields the steps to do, see common.Run
+    log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
     opt = Optimizer(model.parameters())
     loss = partial(mapping_loss, r=random_targets(model, seed))
     model.train()
+    w = balancing_weight(model, balance, (loss, *forget[0]), (next_token_loss, *retain[0]))
     for i in steps_left(steps, *opt.moments):
-        loss_f = backward(model, loss, *forget[i - 1])
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇(mapping loss + L(θ; x_r))
-        check_finite(i, loss_f, loss_r)
-        opt.step(i, lr * (1 - (i - 1) / steps), seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r)
+        norms = []
+        loss_f = backward(model, loss, *forget[i - 1], factor=w, norms=norms)
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(w · mapping loss + L(θ; x_r))
+        opt.step(
+            i, lr * min(i / warmup, 1 - (i - 1) / steps), seed, "random_mapping", i
+        )  # θ ← AdamW(θ, .grad)
+        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def mlac_ar(
@@ -138,7 +149,7 @@ def mlac_ar(
     K, N       adversary steps per outer step; outer steps
     lr, alpha  η of both loops; weight of φ / K against ∇L(θ; x_r). alpha = 0 is fine-tuning on R
     optimizer  of both loops
-    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=); yields the steps, see Run
+    log, steps_left  called as log(i, N, retain=, adversary=, heldout=, phi=, norms=); yields the steps
     """
     params = [p for p in model.parameters() if p.requires_grad]
     opt = Optimizer(params, optimizer, betas=(0.9 if optimizer == "adamw" else 0, 0.999))  # of both loops
@@ -168,11 +179,11 @@ def mlac_ar(
 
         for p in phi if alpha else ():
             p.grad = phi[p].mul_(-alpha / K)
-        norm = torch.stack([p.grad.norm() for p in phi if alpha] or [0 * means[0]]).norm()
-        loss_r = backward(model, next_token_loss, *retain[i - 1])  # .grad = ∇L(θ; x_r) - α/K φ
+        norms = [torch.stack([p.grad.norm() for p in phi if alpha] or [0 * means[0]]).norm()]
+        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)  # .grad = ∇L(θ; x_r) - α/K φ
         check_finite(i, loss_r, means.sum())
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
-        log(i, N, retain=loss_r, adversary=means[0], heldout=means[1], phi=norm)
+        log(i, N, retain=loss_r, adversary=means[0], heldout=means[1], phi=norms[0], norms=norms)
 
 
 def main(args):
@@ -182,8 +193,10 @@ def main(args):
     forget_K = run.stream("forget", (args.K + 1) * args.batch)
     run.begin(tokens=(2 * args.K + 1) * args.batch * args.tokens)
     if args.rm_steps:
-        more = dict(steps=args.rm_steps, lr=args.rm_lr, seed=args.seed, **run.phase("random_mapping"))
-        random_mapping(model, forget, retain, **more)
+        random_mapping(
+            model, forget, retain, steps=args.rm_steps, lr=args.rm_lr, balance=args.balance,
+            warmup=args.warmup, seed=args.seed, **run.phase("random_mapping"),
+        )  # fmt: skip
         run.save("random_mapping", data=args.data)
     mlac_ar(
         model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,

@@ -1,15 +1,14 @@
 """Every method on toy models, and what scripts do in several processes: torchrun .. tests/ranks.py FOLDER
 reads the models in FOLDER/*/ and writes FOLDER/found.pt."""
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 import torch
 import torch.distributed as dist
-from conftest import WORLD, Batches
+from conftest import Batches
 
 import adv_probes as P
 import baselines as B
@@ -29,8 +28,9 @@ class Rows(Batches):
 F, F_K, HELD, LOGGED = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3), []  # LOGGED: of all ranks together
 
 
-def log(i, steps, **values):
-    LOGGED.append({k: float(common.summed(v)) for k, v in values.items()})
+def log(i, steps, norms=(), **values):
+    values = {k: float(common.summed(v)) for k, v in values.items()}
+    LOGGED.append(values | {f"norm {n}": float(common.whole(norm)) for n, norm in enumerate(norms)})
 
 
 def case(train, /, *streams, **more):
@@ -57,7 +57,7 @@ def rounded(model):
 
 
 CASES = {
-    "random_mapping": two(R.random_mapping, F, HELD),
+    "random_mapping": two(R.random_mapping, F, HELD, balance=0.3),
     "mlac_ar": mlac_ar(),
     "mlac_ar_sgd": mlac_ar(optimizer="sgd"),
     **{x: two(B.baseline, F, HELD, method=x) for x in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
@@ -116,25 +116,26 @@ def status(script, *flags):
     return of_ranks(0)
 
 
-def nan_on_one(self, t, *more, step=common.Optimizer.step):
+def blow(self, t, *more, step=common.Optimizer.step):
+    """A step; on the second of two processes what comes next in BLOWS follows the third."""
     step(self, t, *more)
     if t == 3 and common.rank() == 1:
-        common.local(self.params[0].data).view(-1)[0] = float("nan")
+        next(BLOWS)(common.local(self.params[0].data).view(-1))
 
 
-SHORT = (
-    "--tiny --device cpu --batch 8 --tokens 64 --log-every 1 --lr 1e-5 --steps 8 --save-every 1e-9".split()
-)
-ATTACK = f"--tiny --device cpu --base {WORLD / 'base'} --steps 2 --batch 8 --lr 1e-5".split()
+BLOWS = iter([lambda p: signal.raise_signal(signal.SIGTERM), lambda p: p[:1].fill_(float("nan"))])
+RUN = "--tiny --device cpu --batch 8 --tokens 64 --log-every 1 --lr 1e-5 --steps 8 --save-every 1e-9".split()
+ATTACK = "--tiny --device cpu --steps 2 --batch 8 --lr 1e-5 --mmlu".split()
 
 if __name__ == "__main__":
     folder, reads, read = Path(sys.argv[1]), [], common.AutoModelForCausalLM.from_pretrained
     common.AutoModelForCausalLM.from_pretrained = lambda *x, **more: reads.append(x) or read(*x, **more)
     found = weights(folder)
-    found["recover"] = status(A, "--ckpt", folder / "two" / "model", *ATTACK)
-    found["one_two"] = status(R, *SHORT, "--out", folder / "one_two" / "out")
-    common.Optimizer.step = nan_on_one
-    found["nan"] = status(R, *SHORT, "--out", folder / "nan" / "out")
+    found["recover"] = status(A, "--ckpt", folder / "two" / "model", *ATTACK, folder / "mmlu")
+    found["one_two"] = status(R, *RUN, "--out", folder / "one_two" / "out")
+    common.Optimizer.step = blow
+    for name in ("two_one", "nan"):
+        found[name] = status(R, *RUN, "--out", folder / name / "out")
     found["reads"] = of_ranks(len(reads))
     if not common.rank():
         torch.save(found, folder / "found.pt")

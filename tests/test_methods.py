@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import baselines as B
 from adv_probes import adv_probes
-from common import Stream, decoder_layers, load_model, next_token_loss, residual_streams
+from common import Stream, backward, decoder_layers, load_model, next_token_loss, residual_streams
 from mlac_ar import mlac_ar
 from random_mapping import mapping_loss, random_mapping, random_targets
 from recover import finetune
@@ -92,6 +92,33 @@ def test_random_mapping_reaches_noise_on_forget_text_and_keeps_retain_text():
     forget, retain = Batches(8, seed=1, same=True), Batches(8, seed=2, same=True)
     random_mapping(model, forget, retain, steps=60, lr=1e-2, log=lambda i, n, **v: seen.append(v))
     assert seen[0]["forget"] > 0.9 and seen[-1]["forget"] < 0.5 and seen[-1]["retain"] < seen[0]["retain"]
+
+
+@pytest.mark.parametrize("kind, balance, reached", [("gemma2", 0.3, 0.6), ("llama", 0.3, 0.93), ("llama", 0, 2)])
+def test_the_mapping_loss_has_its_share_where_streams_are_large(kind, balance, reached):
+    """Of norm 6,000, or of norm 141 in one direction; control: with weight 1 the latter only fine-tunes."""
+    model, seen, sides = toy_model(kind), [], (Batches(8, seed=1, same=True), Batches(8, seed=2, same=True))
+    for layer in model.model.layers if kind == "gemma2" else ():
+        layer.post_attention_layernorm.weight.data.fill_(1000)
+        layer.post_feedforward_layernorm.weight.data.fill_(1000)
+    model.model.embed_tokens.weight.data[:, :2] += 100 if kind == "llama" else 0
+    assert min(h.norm(dim=-1).mean() for h in residual_streams(model, sides[0][0][0])) > 100
+    more = dict(steps=60, lr=1e-2, warmup=5, balance=balance, log=lambda i, n, **v: seen.append(v))
+    random_mapping(model, *sides, **more)
+    ratio = float(seen[0]["norms"][0] / seen[0]["norms"][1])
+    assert ratio == pytest.approx(0.3, rel=1e-3) if balance else ratio < 0.01
+    assert seen[-1]["forget"] < reached if balance else seen[-1]["forget"] > 0.98
+
+
+def test_norms_are_those_of_each_gradient_though_they_are_added_up():
+    model, other, norms, alone = toy_model(vocab=4000), toy_model(vocab=4000), [], []
+    first, second = (Batches(8, vocab=4000, seed=seed)[0] for seed in (1, 2))
+    backward(model, next_token_loss, *first, factor=3.0, norms=norms)
+    backward(model, next_token_loss, *second, norms=norms)
+    backward(other, next_token_loss, *second, norms=alone)
+    torch.testing.assert_close(norms[1], alone[0], rtol=1e-3, atol=0)
+    exact = torch.cat([p.grad.flatten() for p in other.parameters()]).norm()
+    assert norms[1] == pytest.approx(exact.item(), rel=0.3) and norms[0] > 2 * norms[1]  # an estimate
 
 
 def literal_outer_step(model, forget, retain, K, lr, alpha, optimizer, outer=None):

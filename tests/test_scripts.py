@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ def call(script, *flags):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        patch.setattr(signal, "signal", lambda *_: None)  # ctrl-C is pytest's
         args = module.parse_args()
         module.main(args)
     return args
@@ -59,7 +61,7 @@ OTHERS = {  # directory that the script chooses: script, flags, phases of its lo
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
-    """Short runs of all scripts; a folder with what they wrote and printed."""
+    """Short runs of all scripts but label_pile.py (see test_ranks.py); a folder with what they wrote."""
     folder = tmp_path_factory.mktemp("runs")
     out = folder / "out"
 
@@ -78,12 +80,18 @@ def out(tmp_path_factory):
 
     def others():
         all_ended(*(run(script, *SHORT, *more, cwd=folder) for script, more, _ in OTHERS.values()))
-        all_ended(run("label_pile", "--tiny", "--max-chunks", 40, "--rows", 20, cwd=folder))
 
     with ThreadPoolExecutor(2) as pool:
         for work in [pool.submit(rmat), pool.submit(others)]:
             work.result()
     return out
+
+
+@pytest.mark.parametrize("balance, drowned", [(0.001, True), (0.3, False)])
+def test_a_run_whose_forget_loss_has_no_say_says_so(balance, drowned, tmp_path, capsys):
+    call("random_mapping", *SHORT, "--steps", 2, "--balance", balance, "--out", tmp_path / "out")
+    assert ("balance stayed under 0.05: this only fine-tunes" in capsys.readouterr().out) == drowned
+    assert metrics(tmp_path / "out")[0]["balance"] == pytest.approx(balance, rel=1e-3)
 
 
 def test_rmat_writes_a_checkpoint_directory(out):
@@ -121,6 +129,7 @@ def test_every_script_logs_its_steps_where_it_says(out, name):
 
 
 def test_labels_are_rows_that_the_methods_read(out):
+    call("label_pile", "--tiny", "--max-chunks", 40, "--rows", 20, "--out", out / "labels")
     files = sorted((out / "labels").glob("part-*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert [len(files), len(rows)] == [2, 40] and {row["label"] for row in rows} == {True, False}
