@@ -12,8 +12,8 @@ The model has Llama-2-7B's config and random weights; batches are the scripts' d
     MFU         6 FLOPs per weight (embedding aside) and token over 989 TFLOP/s, no recomputation
     peak        GB allocated at most; predicted: by --dry-run, from the file that --predict wrote
 
-Then scoring, the miniature's row of Table 1 on this device, and whether a killed run ends bit-identical. Exit
-status 1 if a figure fails or misses its goal.
+Then scoring, the miniature's row of Table 1 on this device, whether a killed run ends bit-identical, and with
+--real Random Mapping's row on a real model. Exit status 1 if a figure fails or misses its goal.
 """
 
 import json
@@ -115,6 +115,13 @@ def miniature(folder):
     return {k: x for k, x in read_json(f"{folder}/y/scores.json").items() if not k.endswith("_se")}
 
 
+def real(flags, folder):
+    """Random Mapping on a real model, and its attack: the row of Table 1, percent."""
+    command = [sys.executable, ROOT / "tests/real/rows.py", *flags.split(), "--out", folder]
+    subprocess.run([*command, "--only", "random_mapping"], check=True)
+    return read_json(f"{folder}/random_mapping/recovered/scores.json")
+
+
 def killed(folder):
     """Of a run that is killed at random moments, the kills after which it ended bit-identical."""
     name, kills = ("rmat", 2) if LARGE else ("random_mapping", 1)
@@ -154,6 +161,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         write("miniature", miniature, folder)
         write("killed run", killed, folder)
+        write("real model", real, args.real, f"{folder}/real") if args.real else None
     for name in [*METHODS][2:]:
         write(name, measure, name, model, args)
     print("\n".join(["", *missed, f"wrote {args.out}"]))
@@ -164,6 +172,7 @@ if __name__ == "__main__":
     parser, add = flags(__doc__)
     add("--predict", action="store_true", help="only make the predictions")
     add("--cpu", action="store_true", help="rehearsal on a tiny config, without a GPU")
+    add("--real", help="flags of tests/real/rows.py, in quotes: a real model's row too")
     add("--minutes", type=float, default=9.0, help="after these no further figure is begun")
     add("--predicted", default="bench_gpu.predicted.json", help="file of the predictions")
     add("--out", default="bench_gpu.jsonl", help="file that the figures are added to")

@@ -94,7 +94,9 @@ def test_random_mapping_reaches_noise_on_forget_text_and_keeps_retain_text():
     assert seen[0]["forget"] > 0.9 and seen[-1]["forget"] < 0.5 and seen[-1]["retain"] < seen[0]["retain"]
 
 
-@pytest.mark.parametrize("kind, balance, reached", [("gemma2", 0.3, 0.6), ("llama", 0.3, 0.93), ("llama", 0, 2)])
+@pytest.mark.parametrize(
+    "kind, balance, reached", [("gemma2", 0.3, 0.6), ("llama", 0.3, 0.93), ("llama", 0, 2)]
+)
 def test_the_mapping_loss_has_its_share_where_streams_are_large(kind, balance, reached):
     """Of norm 6,000, or of norm 141 in one direction; control: with weight 1 the latter only fine-tunes."""
     model, seen, sides = toy_model(kind), [], (Batches(8, seed=1, same=True), Batches(8, seed=2, same=True))
