@@ -76,7 +76,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.steps, args.warmup, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--steps, --warmup, --batch, --log-every start at 1, --tokens at 2")
-    if args.balance < 0 or not 0 < args.lr < 1:
+    if not (0 <= args.balance < 1e9 and 0 < args.lr < 1):
         parser.error("--balance starts at 0; 0 < --lr < 1")
     if args.dry_run:
         args.steps = 1  # more steps hold no more

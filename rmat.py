@@ -75,8 +75,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.K, args.N, args.warmup, args.batch, args.log_every) < 1 or args.tokens < 2:
         parser.error("--K, --N, --warmup, --batch, --log-every start at 1, --tokens at 2")
-    if min(args.rm_steps, args.alpha, args.balance) < 0 or not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
-        parser.error("--alpha, --balance and --rm-steps start at 0; 0 < --lr, --rm-lr < 1")
+    if args.rm_steps < 0 or not (0 <= args.alpha < 1e9 and 0 <= args.balance < 1e9):
+        parser.error("--rm-steps, --alpha and --balance start at 0")
+    if not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
+        parser.error("0 < --lr, --rm-lr < 1")
     if args.dry_run:
         args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
     return args

@@ -39,7 +39,7 @@ NEEDS = "needs a question, four choices and an answer"
 BAD = {  # script: {flags (@: the folder of these files and of the checkpoints below): what the line says}
     "rmat": {
         "--ouput x": "unrecognized arguments: --ouput x",
-        "--K 0": "--K, --N, --batch, --log-every start at 1",
+        "--K 0": "--K, --N, --warmup, --batch, --log-every start at 1",
         "--rm-lr nan": "0 < --lr, --rm-lr < 1",
         "--alpha nan": "--alpha",
     },
