@@ -35,12 +35,12 @@ NEAR = (
 FEW = "--batch 8 --tokens 128"
 ROWS = {  # directory: script and flags, the flags of few steps, the directory that it starts from
     "random_mapping": ("random_mapping.py", f"--lr 4e-5 --steps 36 --warmup 4 {FEW}", None),
-    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", f"--N 6 {FEW} --batch 4", "random_mapping"),
+    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", f"--N 4 {FEW} --batch 4", "random_mapping"),
     "overwriting": ("baselines.py --method overwriting", f"--steps 40 --rounds 2 {FEW}", None),
     "min_posterior": ("baselines.py --method min_posterior", f"--steps 40 {FEW}", None),
     "rmu": ("baselines.py --method rmu", f"--steps 40 {FEW}", None),
 }
-ATTACK = f"--steps 24 {FEW}"
+ATTACK = f"--steps 16 {FEW}"
 SWEEP = "--sweep --only paper mix_3x sgd_mix"
 
 
