@@ -259,8 +259,8 @@ def finetune(
     params = [p for p in model.parameters() if p.requires_grad]
     opt = Optimizer(params, optimizer, betas=(0.9, 0.999), decay=decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
-    model.train()
     for i in steps_left(steps, *opt.moments):
+        model.train()  # scoring, in `log`, ends in eval mode
         loss = sum(w * backward(model, next_token_loss, *x[i - 1], factor=w) for x, w in parts)
         check_finite(i, loss)
         sum_gradients(params)
