@@ -148,7 +148,7 @@ class Exam(dict):
         super().__init__(subjects)
         self.forget, self.shots, self.about = tuple(forget), shots, dict(about)
         self.paper = (self.forget, shots, self.about) == (FORGET, 5, {})
-        self.usual = whole and self.paper
+        self.usual, self.plans = whole and self.paper, {}
 
     def part(self, subjects):
         return Exam({name: self[name] for name in subjects}, self.forget, self.shots, self.about, False)
@@ -269,7 +269,7 @@ def score_mmlu(model, tokenizer, exam, form="letter", budget=None, plans=None, p
     exam    from load_mmlu
     form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
     budget  tokens per batch, see score_rows
-    plans   a dict that keeps the tokenised prompts for the next scoring of these questions by this tokenizer
+    plans   exam.plans, to keep the tokenised prompts for its next scoring; only if the tokenizer is the same
     preface text before every prompt
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
