@@ -35,7 +35,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -142,6 +142,7 @@ class Exam(dict):
     shots   at most, per question
     about   {subject: what the prompt says it is about, if not its name}
     paper   whether these three are the paper's; usual: and it is the whole test set
+    plans   its prompts, tokenised: kept for the next scoring
     """
 
     def __init__(self, subjects=(), forget=FORGET, shots=5, about=(), whole=True):
@@ -263,27 +264,28 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
 
 
 @torch.no_grad()
-def score_mmlu(model, tokenizer, exam, form="letter", budget=None, plans=None, preface=""):
+def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
     """Scores a model on MMLU, in eval mode from then on. The result does not depend on batch, order or cache.
 
     exam    from load_mmlu
     form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
     budget  tokens per batch, see score_rows
-    plans   exam.plans, to keep the tokenised prompts for its next scoring; only if the tokenizer is the same
     preface text before every prompt
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
     model.eval()
-    plans, answers = {} if plans is None else plans, []
+    answers = []
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for subject, (shots, questions) in tqdm(exam.items(), f"MMLU {form}", leave=False, disable=None):
-        key = subject, form, preface
-        if key not in plans:
-            plans[key] = plan(tokenizer, exam.about.get(subject, subject), shots, questions, form, preface)
-        if (longest := max(len(row.ids) for row in plans[key])) > context:
+        key = tokenizer, subject, form, preface
+        if key not in exam.plans:
+            about = exam.about.get(subject, subject)
+            exam.plans[key] = plan(tokenizer, about, shots, questions, form, preface)
+        rows = exam.plans[key]
+        if (longest := max(len(row.ids) for row in rows)) > context:
             fail(f"{subject}: prompts of {longest} tokens, the model's context is {context}; lower --shots")
         found = np.zeros((len(questions), 4))
-        for (j, options), scores in score_rows(model, plans[key], budget):
+        for (j, options), scores in score_rows(model, rows, budget):
             found[j, options] = scores
         for j, (logprobs, (_, choices, answer)) in enumerate(zip(found, questions)):
             size = 1 if form == "letter" else [max(len(c), 1) for c in choices]
@@ -298,23 +300,19 @@ def summarise(answers, forget=FORGET):
     retain. Standard errors are of the sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in
     quadrature."""
 
-    def variance(hits):
-        return np.var(hits) / max(len(hits) - 1, 1)
-
-    subjects, result = defaultdict(list), {}
-    for a in answers:
-        subjects[a["subject"]].append(a["prediction"] == a["answer"])
+    frame = pandas.DataFrame(answers)
+    right = (frame.prediction == frame.answer).astype(float)
+    subjects, result = right.groupby(frame.subject, sort=False).agg(["mean", "sem", "size"]).fillna(0), {}
     for side in SIDES:
-        mine = [hits for name, hits in subjects.items() if (name in forget) == (side == "forget")]
-        every = sum(mine, [])
+        mine = subjects[subjects.index.isin(forget) == (side == "forget")]
+        every = right[frame.subject.isin(mine.index)]
         result[side] = {"n": len(every)}
-        if mine:
-            se = math.sqrt(sum(map(variance, mine))) / len(mine)
-            result[side] |= {"acc": fmean(map(fmean, mine)), "se": se}
-            result[side] |= {"micro": fmean(every), "micro_se": math.sqrt(variance(every))}
-    result["subjects"] = {name: {"acc": fmean(hits), "n": len(hits)} for name, hits in subjects.items()}
-    letters = Counter(a["prediction"] for a in answers)
-    return result | {"letters": {x: letters[x] / len(answers) for x in "ABCD"}}
+        if len(mine):
+            result[side] |= {"acc": mine["mean"].mean(), "se": np.linalg.norm(mine["sem"]) / len(mine)}
+            result[side] |= {"micro": every.mean(), "micro_se": np.nan_to_num(every.sem())}
+    result["subjects"] = {x.Index: {"acc": x.mean, "n": x.size} for x in subjects.itertuples()}
+    letters = frame.prediction.value_counts(normalize=True)
+    return result | {"letters": {x: letters.get(x, 0.0) for x in "ABCD"}}
 
 
 def scores_dir(name):
@@ -609,6 +607,7 @@ def main(args):
     for name in args.ckpt:
         model, tokenizer = load_model(name, args.dtype, args.device, flag="--ckpt")
         summary, answers = score_mmlu(model, tokenizer, exam, args.format, args.tokens)
+        exam.plans.clear()  # of this tokenizer
         path = write_scores(args.out or scores_dir(name), summary, answers)
         say(f"{name} | {args.format} | {show_scores(summary)} | {path}")
 

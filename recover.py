@@ -363,7 +363,7 @@ def attack(args, run, exam):
     def log(i, steps, loss):
         run.log(i, steps, loss=loss)
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
-            show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form, plans=exam.plans))
+            show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form))
 
     if not args.dry_run:
         theta, answers = untouched(args.ckpt, args, exam, form, model, run.tokenizer)
