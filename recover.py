@@ -15,12 +15,10 @@ where the paper is silent, our choices:
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
 
 A low F' may be damage instead of robustness: where R' is more than 10 points below R, the row is marked.
-
 One attack is not all attacks: the flags make others, and `--sweep` runs those of SWEEP below, one after the
 other, each into CKPT/sweep/NAME; what is finished is not run again. Its result is the worst case: the
 highest forget accuracy over attackers and scored steps, among states with R' within 10 points of R, freed of
-what is chance (evaluate_mmlu.worst_case). The never-taught control under the same sweep says how much is
-learning.
+what is chance (evaluate_mmlu.worst_case). What a never-taught control reaches in a sweep is learning.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations; a
 sweep keeps θ in host memory. --lora trains and keeps moments for its own matrices only.
@@ -165,7 +163,7 @@ def parse_args(argv=None):
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:
-        args.steps = 1  # more steps hold no more
+        args.steps, args.probe = 1, None  # more steps hold no more, a probe less
     return args
 # fmt: on
 
