@@ -440,12 +440,12 @@ def worst_case(attacks, draws=1000):
 
 
 def show_sweep(attacks):
-    """A line for each attacker, of its best state (DAMAGED: it has none that counts), and the worst case."""
+    """A line for each attacker, of its best state, if possible without damage; and the worst case."""
     text = ""
     for name, (before, *states) in attacks.items():
         best = max(states, key=lambda s: (not damaged(before, s), s["forget"]))
         found = f"forget {100 * best['forget']:.1f}, retain {100 * best['retain']:.1f} at step {best['step']}"
-        text += f"{name:15}{found}{', DAMAGED' if damaged(before, best) else ''}\n"
+        text += f"{name:15}{found}{', DAMAGED at the end' if damaged(before, states[-1]) else ''}\n"
     if not attacks:
         return "no attacker has finished"
     w = worst_case(attacks)
@@ -453,7 +453,8 @@ def show_sweep(attacks):
 worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
     forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted; highest {w["highest"]:.1f})
     retain accuracy there {w["retain_there"]:.1f}
-    ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: the base)"""  # fmt: skip
+    ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: the base)
+    not counted, as never without damage: {", ".join(w["damaged"]) or "-"}"""  # fmt: skip
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
