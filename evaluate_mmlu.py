@@ -34,15 +34,17 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean, stdev
 
 FORGET = ("high_school_biology", "college_biology")  # A.1; every other subject is of the retain set
 SIDES = ("forget", "retain")
+FILES = {"letter": "mmlu.json", "cloze": "mmlu_cloze.json"}  # of the scores, by --format
 LIMIT, CHANCE = 0.10, 0.25  # of retain accuracy, see damaged; of a choice among four
 # fmt: off
+THREE = "adv_probes.py --probe-steps 3"
 ROWS = {  # the paper's rows: table, the command that makes one, the paper's numbers (Llama-2-7b-chat)
     "Base": (1, "recover.py --ckpt MODEL", (52.5, 48.0, 0.0, 48.0, 45.7, 4.5, 2.2)),
     "Max Entropy": (1, "baselines.py --method max_entropy", (40.0, 46.1, 10.6, 48.4, 45.1, 4.1, 7.3)),
@@ -52,21 +54,16 @@ ROWS = {  # the paper's rows: table, the command that makes one, the paper's num
     "Adversarial Probes": (1, "adv_probes.py", (23.9, 42.8, 23.4, 47.9, 47.0, 4.6, 14.0)),
     "Random Mapping": (1, "random_mapping.py", (23.3, 43.7, 25.0, 50.5, 47.1, 2.0, 13.5)),
     "RMAT": (1, "rmat.py", (25.4, 41.2, 20.3, 38.9, 40.4, 13.6, 17.0)),
-    "AdvProbes-3 (IDK)": (2, "adv_probes.py --probe-steps 3 --no-freeze",
-                          (27.0, 42.4, 20.0, 50.4, 47.2, 2.1, 11.0)),
-    "AdvProbes-3 (IDK, Frz.)": (2, "adv_probes.py --probe-steps 3",
-                                (26.4, 44.8, 22.9, 51.5, 46.8, 1.1, 12.0)),
+    "AdvProbes-3 (IDK)": (2, f"{THREE} --no-freeze", (27.0, 42.4, 20.0, 50.4, 47.2, 2.1, 11.0)),
+    "AdvProbes-3 (IDK, Frz.)": (2, THREE, (26.4, 44.8, 22.9, 51.5, 46.8, 1.1, 12.0)),
     "AdvProbes-5 (IDK, Frz.)": (2, "adv_probes.py", (23.9, 42.8, 23.4, 47.9, 47.0, 4.6, 14.0)),
-    "AdvProbes-3 (RAND)": (2, "adv_probes.py --probe-steps 3 --match rand --no-freeze",
-                           (27.5, 42.5, 19.5, 49.0, 46.5, 3.6, 11.5)),
-    "AdvProbes-3 (RAND, Frz.)": (2, "adv_probes.py --probe-steps 3 --match rand",
-                                 (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
+    "AdvProbes-3 (RAND)": (2, f"{THREE} --match rand --no-freeze", (27.5, 42.5, 19.5, 49.0, 46.5, 3.6, 11.5)),
+    "AdvProbes-3 (RAND, Frz.)": (2, f"{THREE} --match rand", (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
     "AdvProbes-SWD": (2, "adv_probes.py --swd", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
 }
-MORE = {  # rows that the paper does not have
-    "GradDiff": "baselines.py --method grad_diff", "NPO": "baselines.py --method npo",
-    "SimNPO": "baselines.py --method simnpo", "RMU": "baselines.py --method rmu",
-    "UNDO": "baselines.py --method undo", "Overwriting": "baselines.py --method overwriting",
+MORE = {  # rows that the paper does not have: methods of baselines.py
+    "GradDiff": "grad_diff", "NPO": "npo", "SimNPO": "simnpo", "RMU": "rmu", "UNDO": "undo",
+    "Overwriting": "overwriting",
 }
 CONTROL = "never taught (control)"
 TABLE = {"forget": "Forget ↓", "retain": "Retain ↑", "score_u": "Score_U ↑",
@@ -144,46 +141,49 @@ class Exam(dict):
     forget  the subjects of the forget set; the others are the retain set
     shots   at most, per question
     about   {subject: what the prompt says it is about, if not its name}
-    usual   whether it is the whole test set by the paper's protocol
+    paper   whether these three are the paper's; usual: and it is the whole test set
+    plans   its prompts, tokenised: kept for the next scoring
     """
 
     def __init__(self, subjects=(), forget=FORGET, shots=5, about=(), whole=True):
         super().__init__(subjects)
         self.forget, self.shots, self.about = tuple(forget), shots, dict(about)
-        self.usual = whole and (self.forget, shots, self.about) == (FORGET, 5, {})
+        self.paper = (self.forget, shots, self.about) == (FORGET, 5, {})
+        self.usual, self.plans = whole and self.paper, {}
 
     def part(self, subjects):
         return Exam({name: self[name] for name in subjects}, self.forget, self.shots, self.about, False)
 
     def protocol(self, form):
         """What a score was measured with; scores compare only if theirs are equal."""
-        paper = (self.forget, self.shots, self.about) == (FORGET, 5, {})
-        questions = seed_of(dict(self) if paper else (dict(self), self.forget, self.shots, self.about))
-        known = {"format": form, "shots": self.shots, "questions": f"{questions:016x}"}
+        asked = dict(self) if self.paper else (dict(self), self.forget, self.shots, self.about)
+        known = {"format": form, "shots": self.shots, "questions": f"{seed_of(asked):016x}"}
         return known if self.usual else known | {"usual": False}
 
 
-def question_of(text, choices, answer, where):
-    """A question as in Exam; answer: 0 to 3, or "A" to "D"."""
-    answer = "ABCD".find(answer) if isinstance(answer, str) else answer
-    whole = isinstance(choices, list) and [*map(type, [text, *choices])] == [str] * 5
-    if not whole or not text.strip() or answer not in range(4):
-        fail(f"{where}: needs a question, four choices and an answer (0 to 3, A to D); got {text!r:.80}")
-    return text, choices, int(answer)
-
-
-def read_questions(source, flag, split="test"):
-    """[question] of a headerless CSV (text, four choices, A to D; to pandas "None" would be missing), or of
-    rows `question`, `choices`, `answer` of what read_table takes, NAME or NAME:CONFIG."""
+def read_rows(source, flag, config=None, split="test"):
+    """Yields (subject or None, question as in Exam): of a headerless CSV (text, four choices, A to D; to
+    pandas "None" would be missing), or of rows `question`, `choices`, `answer` of what read_table takes."""
+    columns = ("question", "choices", "answer")
     if source.endswith(".csv") and os.path.exists(source):
         with open(source, newline="", encoding="utf-8-sig") as f:
-            rows = [(row[0], row[1:-1], row[-1]) for row in csv.reader(f) if row]
+            rows = [dict(zip(columns, (x[0], x[1:-1], x[-1]))) for x in csv.reader(f) if x]
     else:
-        name, _, config = (source, "", "") if os.path.exists(source) else source.partition(":")
-        columns = ("question", "choices", "answer")
-        found = read_table(name, flag, columns, config or None, split)
-        rows = [[row.get(c) for c in columns] for row in found]
-    found = [question_of(*row, f"{flag} {source}: row {i}") for i, row in enumerate(rows)]
+        rows = read_table(source, flag, columns, config, split)
+    for i, row in enumerate(rows):
+        text, choices, answer = (row.get(c) for c in columns)
+        answer = dict(zip("ABCD", range(4))).get(answer, answer)
+        whole = isinstance(choices, list) and [*map(type, [text, *choices])] == [str] * 5
+        if not whole or not text.strip() or answer not in range(4):
+            needs = "needs a question, four choices and an answer (0 to 3, A to D)"
+            fail(f"{flag} {source}: {split}: row {i}: {needs}; got {text!r:.80}")
+        yield row.get("subject"), (text, choices, int(answer))
+
+
+def read_questions(source, flag):
+    """[question as in Exam] of a test set of one's own: a path, or NAME or NAME:CONFIG on the hub."""
+    name, _, config = (source, "", "") if os.path.exists(source) else source.partition(":")
+    found = [question for _, question in read_rows(name, flag, config or None)]
     return found or fail(f"{flag} {source}: no questions in it")
 
 
@@ -198,15 +198,12 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
     """
     mmlu, folder = defaultdict(lambda: ([], [])), Path(source)
     for place, part in enumerate(("dev", split)):
+        end, files = {"validation": "val"}.get(part, part), [source]
         if folder.is_dir() and not (folder / "all").is_dir():
-            end = {"validation": "val"}.get(part, part)
-            for file in sorted((folder / end).glob(f"*_{end}.csv")):
-                mmlu[file.name.removesuffix(f"_{end}.csv")][place].extend(read_questions(str(file), "--mmlu"))
-        else:
-            columns = ("question", "choices", "answer", "subject")
-            for i, row in enumerate(read_table(source, "--mmlu", columns, "all", part)):
-                *parts, name = (row[c] for c in columns)
-                mmlu[name][place].append(question_of(*parts, f"--mmlu {source}: {part}: row {i}"))
+            files = sorted((folder / end).glob(f"*_{end}.csv"))
+        for file in files:
+            for name, question in read_rows(str(file), "--mmlu", "all", part):
+                mmlu[name or file.name.removesuffix(f"_{end}.csv")][place].append(question)
     names = subjects or sorted({*mmlu, *(() if questions else forget)})
     if lacking := [name for name in names if len(mmlu[name][0]) < shots or not mmlu[name][1]]:
         fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")
@@ -214,16 +211,15 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
         fail(f"--mmlu {source}: no subject of the retain set; complete it (--subjects scores a part)")
     if len(names) < 57:
         say(f"MMLU: {len(names)} of the 57 subjects ({source})")
-    usual = split == "test" and not subjects
-    exam = Exam({name: (mmlu[name][0][:shots], mmlu[name][1]) for name in names}, forget, shots, (), usual)
-    if questions:
-        own = re.sub(r"\W+", "_", Path(questions.partition(":")[2] or questions).stem)
-        rest = {name: asked for name, asked in exam.items() if name not in forget}
-        if own in rest:
-            fail(f"--questions {questions}: {own} is a subject of the retain set; give the file another name")
-        rest[own] = [], read_questions(questions, "--questions")
-        exam = Exam(rest, (own,), shots, {own: about or own.replace("_", " ")})
-    return exam
+    exam = {name: (mmlu[name][0][:shots], mmlu[name][1]) for name in names}
+    if not questions:
+        return Exam(exam, forget, shots, whole=split == "test" and not subjects)
+    own = re.sub(r"\W+", "_", Path(questions.partition(":")[2] or questions).stem)
+    exam = {name: asked for name, asked in exam.items() if name not in forget}
+    if own in exam:
+        fail(f"--questions {questions}: {own} is a subject of the retain set; give the file another name")
+    exam[own] = [], read_questions(questions, "--questions")
+    return Exam(exam, (own,), shots, {own: about or own.replace("_", " ")})
 
 
 def prompt(subject, shots, question, form):
@@ -257,12 +253,10 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
     tails = [[longer[len(before) :] for longer in four] for before, *four in fives]
     single = all(len(tail) == 1 for four in tails for tail in four)  # for all: score_rows needs equal widths
     for j, ((before, *_), four) in enumerate(zip(fives, tails)):
-        last = len(start + before) - 1
-        if single:
-            rows.append(Row((j, [0, 1, 2, 3]), start + before, last, [[t[0] for t in four]]))
-        else:
-            for o, t in enumerate(four):
-                rows.append(Row((j, [o]), start + before + t[:-1], last, [[i] for i in t]))
+        for options in [[0, 1, 2, 3]] if single else [[0], [1], [2], [3]]:
+            read = start + before + four[options[0]][:-1]
+            targets = [*zip(*(four[o] for o in options))]  # by position, of each option
+            rows.append(Row((j, options), read, len(start + before) - 1, targets))
     return rows
 
 
@@ -270,35 +264,34 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
 
 
 @torch.no_grad()
-def score_mmlu(model, tokenizer, exam, form="letter", budget=None, plans=None, preface=""):
-    """Scores a model on MMLU. The result does not depend on batch, order or cache.
+def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
+    """Scores a model on MMLU, in eval mode from then on. The result does not depend on batch, order or cache.
 
     exam    from load_mmlu
     form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
     budget  tokens per batch, see score_rows
-    plans   a dict that keeps the tokenised prompts for the next scoring of these questions by this tokenizer
     preface text before every prompt
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
-    was_training, plans, answers = model.training, {} if plans is None else plans, []
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     model.eval()
+    answers = []
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for subject, (shots, questions) in tqdm(exam.items(), f"MMLU {form}", leave=False, disable=None):
-        key = subject, form, preface
-        if key not in plans:
-            plans[key] = plan(tokenizer, exam.about.get(subject, subject), shots, questions, form, preface)
-        if (longest := max(len(row.ids) for row in plans[key])) > context:
+        key = tokenizer, subject, form, preface
+        if key not in exam.plans:
+            about = exam.about.get(subject, subject)
+            exam.plans[key] = plan(tokenizer, about, shots, questions, form, preface)
+        rows = exam.plans[key]
+        if (longest := max(len(row.ids) for row in rows)) > context:
             fail(f"{subject}: prompts of {longest} tokens, the model's context is {context}; lower --shots")
-        found = [[0.0] * 4 for _ in questions]
-        for (j, options), scores in score_rows(model, plans[key], budget):
-            for option, score in zip(options, scores):
-                found[j][option] = score
+        found = np.zeros((len(questions), 4))
+        for (j, options), scores in score_rows(model, rows, budget):
+            found[j, options] = scores
         for j, (logprobs, (_, choices, answer)) in enumerate(zip(found, questions)):
-            size = [1] * 4 if form == "letter" else [max(len(c), 1) for c in choices]
-            best = max(range(4), key=lambda o: logprobs[o] / size[o])
-            answers.append({"subject": subject, "index": j, "logprobs": [round(x, 6) for x in logprobs]})
+            size = 1 if form == "letter" else [max(len(c), 1) for c in choices]
+            best, kept = (logprobs / size).argmax(), [round(x, 6) for x in logprobs.tolist()]
+            answers.append({"subject": subject, "index": j, "logprobs": kept})
             answers[-1] |= {"prediction": "ABCD"[best], "answer": "ABCD"[answer]}
-    model.train(was_training)
     return summarise(answers, exam.forget) | {"protocol": exam.protocol(form)}, answers
 
 
@@ -307,33 +300,24 @@ def summarise(answers, forget=FORGET):
     retain. Standard errors are of the sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in
     quadrature."""
 
-    def variance(p, n):
-        return p * (1 - p) / max(n - 1, 1)
-
-    subjects, result = defaultdict(list), {}
-    for a in answers:
-        subjects[a["subject"]].append(a["prediction"] == a["answer"])
-    parts = {name: (sum(hits) / len(hits), len(hits)) for name, hits in subjects.items()}
+    frame = pandas.DataFrame(answers)
+    right = (frame.prediction == frame.answer).astype(float)
+    subjects, result = right.groupby(frame.subject, sort=False).agg(["mean", "sem", "size"]).fillna(0), {}
     for side in SIDES:
-        mine = [x for name, x in parts.items() if (name in forget) == (side == "forget")]
-        if not mine:
-            result[side] = {"acc": None, "se": None, "n": 0, "micro": None, "micro_se": None}
-            continue
-        k, n = len(mine), sum(n for _, n in mine)
-        micro, spread = sum(p * n for p, n in mine) / n, sum(variance(*x) for x in mine)
-        result[side] = {"acc": sum(p for p, _ in mine) / k, "se": math.sqrt(spread) / k, "n": n}
-        result[side] |= {"micro": micro, "micro_se": math.sqrt(variance(micro, n))}
-    result["subjects"] = {name: {"acc": p, "n": n} for name, (p, n) in parts.items()}
-    letters = Counter(a["prediction"] for a in answers)
-    return result | {"letters": {x: letters[x] / max(len(answers), 1) for x in "ABCD"}}
+        mine = subjects[subjects.index.isin(forget) == (side == "forget")]
+        every = right[frame.subject.isin(mine.index)]
+        result[side] = {"n": len(every)}
+        if len(mine):
+            result[side] |= {"acc": mine["mean"].mean(), "se": np.linalg.norm(mine["sem"]) / len(mine)}
+            result[side] |= {"micro": every.mean(), "micro_se": np.nan_to_num(every.sem())}
+    result["subjects"] = {x.Index: {"acc": x.mean, "n": x.size} for x in subjects.itertuples()}
+    letters = frame.prediction.value_counts(normalize=True)
+    return result | {"letters": {x: letters.get(x, 0.0) for x in "ABCD"}}
 
 
 def scores_dir(name):
     """Where a model's scores are: its directory; of a hub name, out/OWNER--MODEL."""
     return Path(name) if os.path.isdir(name) else Path("out") / str(name).replace("/", "--")
-
-
-FILES = {"letter": "mmlu.json", "cloze": "mmlu_cloze.json"}
 
 
 def scores_file(folder, protocol):
@@ -363,11 +347,8 @@ def write_scores(folder, summary, answers):
 
 def right_answers(answers, exam):
     """{forget subject: "0110.."}, which of its questions were answered right."""
-    right = {name: "" for name in exam.forget}
-    for a in answers:
-        if a["subject"] in right:
-            right[a["subject"]] += "01"[a["prediction"] == a["answer"]]
-    return right
+    right = [(a["subject"], "01"[a["prediction"] == a["answer"]]) for a in answers]
+    return {name: "".join(x for subject, x in right if subject == name) for name in exam.forget}
 
 
 def show_scores(summary):
@@ -381,12 +362,13 @@ def show_scores(summary):
 def paper_scores(init, theta, recovered):
     """The paper's row of Table 1 (3.2) in percent, with standard errors.
 
-    init, theta, recovered  {"forget": {"acc", "se"}, "retain": {...}} in 0..1 of the base model, θ and θ'
+    init, theta, recovered  {"forget": {"acc", "se"}, "retain": {...}} in 0..1 of the base model, θ and θ';
+                            recovered {}: not attacked, the row ends after Score_U
 
     Score_R follows θ', as Tables 1 and 2 do; the printed formula has θ. Errors are added in quadrature as if
     accuracies were independent; they share their questions, so this overstates them.
     """
-    sides = [s[side] for s in (init, theta, recovered) for side in ("forget", "retain")]
+    sides = [s[side] for s in (init, theta, recovered or theta) for side in SIDES]
     (F0, f0), (R0, r0), (F, f), (R, r), (F2, f2), (R2, r2) = ((100 * s["acc"], 100 * s["se"]) for s in sides)
     score_u, score_r = (F0 - F) + (R - R0), F0 - F2
     row = {
@@ -394,7 +376,8 @@ def paper_scores(init, theta, recovered):
         "forget_recovered": (F2, f2), "retain_recovered": (R2, r2), "score_r": (score_r, math.hypot(f0, f2)),
         "composite": ((score_u + score_r) / 2, math.hypot(2 * f0, f, r, r0, f2) / 2),
     }  # fmt: skip
-    return {k: x for name, (value, se) in row.items() for k, x in ((name, value), (name + "_se", se))}
+    names = row if recovered else ("forget", "retain", "score_u")
+    return {k: x for name in names for k, x in zip((name, name + "_se"), row[name])}
 
 
 # ---- the worst case ------------------------------------------------------------------------------------
@@ -429,26 +412,20 @@ def worst_case(attacks, draws=1000):
     rho_high are from a bootstrap of the questions that chooses the states anew in each draw.
     """
     fit = [(name, s) for name, states in attacks.items() for s in states if not damaged(states[0], s)]
-
-    def right(half):
-        """A (states, questions) array of each subject, of every second question."""
-        subjects = [x for x, answers in fit[0][1]["right"].items() if len(answers) > 1]
-        return [np.array([[int(c) for c in s["right"][x][half::2]] for _, s in fit]) for x in subjects]
-
-    def mean(half, drawn=lambda r: r):
-        """(states,) accuracy, the mean over subjects."""
-        return np.mean([drawn(r).mean(1) for r in half], 0)
+    subjects = [x for x, answers in fit[0][1]["right"].items() if len(answers) > 1]
+    right = [np.array([[int(c) for c in s["right"][x]] for _, s in fit]) for x in subjects]
+    random = np.random.default_rng(0)
 
     def resampled(r):
         return r[:, random.integers(r.shape[1], size=r.shape[1])]
 
-    def cross_fitted(first, second):
+    def cross_fitted(drawn=lambda r: r):
+        halves = [[r[:, n::2] for r in right] for n in (0, 1)]  # (states, questions) of each subject
+        first, second = (np.mean([drawn(r).mean(1) for r in half], 0) for half in halves)  # (states,)
         return (second[first.argmax()] + first[second.argmax()]) / 2
 
-    random, first, second = np.random.default_rng(0), right(0), right(1)
     one = min(attacks.items(), key=lambda x: x[0] == "other_format")[1][0]  # its base is scored otherwise
-    worst = cross_fitted(mean(first), mean(second))
-    found = [cross_fitted(mean(first, resampled), mean(second, resampled)) for _ in range(draws)]
+    worst, found = cross_fitted(), [cross_fitted(resampled) for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
     rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
     low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
@@ -463,18 +440,16 @@ def worst_case(attacks, draws=1000):
 
 
 def show_sweep(attacks):
-    """A line for each attacker, and the worst case."""
-    lines = [["attacker", "best forget", "at step", "retain", "last forget", "last retain", ""]]
+    """A line for each attacker, of its best state, if possible without damage; and the worst case."""
+    text = ""
     for name, (before, *states) in attacks.items():
-        best = max([s for s in states if not damaged(before, s)], key=lambda s: s["forget"], default={})
-        cells = [best.get("forget"), best.get("step"), best.get("retain"), *(states[-1][s] for s in SIDES)]
-        cells = ["-" if x is None else str(x) if type(x) is int else f"{100 * x:.1f}" for x in cells]
-        lines.append([name, *cells, "DAMAGED" if damaged(before, states[-1]) else ""])
-    table = "\n".join("".join(f"{cell:<15}" for cell in line).rstrip() for line in lines)
+        best = max(states, key=lambda s: (not damaged(before, s), s["forget"]))
+        found = f"forget {100 * best['forget']:.1f}, retain {100 * best['retain']:.1f} at step {best['step']}"
+        text += f"{name:15}{found}{', DAMAGED at the end' if damaged(before, states[-1]) else ''}\n"
     if not attacks:
-        return table
+        return "no attacker has finished"
     w = worst_case(attacks)
-    return table + f"""\n
+    return text + f"""
 worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
     forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted; highest {w["highest"]:.1f})
     retain accuracy there {w["retain_there"]:.1f}
@@ -486,8 +461,8 @@ worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
 
 
 def title(facts):
-    """The paper's name of the run that an args.json describes."""
-    script, a = facts["script"], facts["arguments"]
+    """The paper's name of the run that an args.json describes; none of a base."""
+    script, a = facts.get("script", ""), facts.get("arguments", {})
     if script == "adv_probes.py":
         frozen = ", Frz.)" if a["freeze"] else ")"
         return "AdvProbes-SWD" if a["swd"] else f"AdvProbes-{a['probe_steps']} ({a['match'].upper()}{frozen}"
@@ -496,7 +471,8 @@ def title(facts):
     if facts.get("phase") == "random_mapping":
         return "Random Mapping"
     command = f"{script} --method {a.get('method')}" if script == "baselines.py" else script
-    names = {row[1]: name for name, row in ROWS.items()} | {made: name for name, made in MORE.items()}
+    names = {row[1]: name for name, row in ROWS.items()}
+    names |= {f"baselines.py --method {method}": name for name, method in MORE.items()}
     return names.get(command, script.removesuffix(".py"))
 
 
@@ -513,41 +489,40 @@ def rows_under(root, form):
     Recovery's, summaries, the third {} if it was not attacked, and {attacker: states} of a sweep. Scores of a
     run compare if their files have the same name.
     """
+
+    def place(name, folder):
+        return scores_dir(resolved(name, folder) or folder).resolve()
+
+    usual, groups, bases, rows = FILES[form], {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    attacks = {folder: {} for folder, known in facts.items() if known["script"] != "recover.py"}
-    usual = FILES[form]
-    for folder, known in facts.items():  # {victim: {what was asked: [attack ..]}}
-        a, files = known["arguments"], [x.name for x in folder.glob(usual.replace(".json", ".*json"))]
-        if known["script"] == "recover.py" and (a["format"] == form if "attacker" in known else files):
-            victim = scores_dir(resolved(known["parent"], folder)).resolve()
-            asked = tuple(repr(a.get(k)) for k in ("questions", "forget_subjects", "shots"))
-            attacks.setdefault(victim, {}).setdefault(asked, []).append(folder)
-    groups, paper = {}, ("None", "None", "5")
-    for folder, asked, by in [(x, k, by) for x, v in attacks.items() for k, by in (v or {paper: []}).items()]:
-        mine, how = facts.get(folder) or read_json(folder / "args.json"), [facts[attack] for attack in by]
-        known, place = (mine, folder) if mine.get("base") or not by else (how[0], by[0])
-        base = scores_dir(resolved(known.get("base"), place) or folder).resolve()
-        name = title(mine) if mine else None if base == folder else folder.name
-        name = by and how[0]["arguments"].get("name") or name or ("Base" if by else "base")
-        files = {x.name for attack in by for x in attack.glob(usual.replace(".json", ".*json"))} or {usual}
-        file = min(
-            sorted(files), key=lambda file: (file == usual) != (asked == paper)
-        )  # theirs, if there are others
+    attacks = {(folder, usual): [] for folder, known in facts.items() if known["script"] != "recover.py"}
+    for folder, known in facts.items():  # {(victim, the file that its attackers compare with): [attack ..]}
+        if known["script"] == "recover.py":
+            a = known["arguments"]
+            own = (a["questions"], a["forget_subjects"], a["shots"]) != (None, None, 5)
+            ends = {path.name.partition(".")[2] for path in folder.glob("mmlu*.json")}  # json, DIGEST.json
+            file = usual.replace("json", min(sorted(ends), key=lambda end: (end == "json") == own))
+            if a["format"] == form if "attacker" in known else (folder / file).exists():
+                attacks.setdefault((place(known["parent"], folder), file), []).append(folder)
+    for (folder, file), by in attacks.items():
+        mine, how = read_json(folder / "args.json"), facts[by[0]] if by else {}
+        base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
+        name = by and how["arguments"]["name"] or title(mine)
+        name = name or (folder.name if base != folder else "Base" if by else "base")
         theta, init = read_json(folder / file), read_json(base / file)
-        if not (theta and init and theta["protocol"] == init["protocol"]):
+        if not theta or theta["protocol"] != init.get("protocol"):
             continue
-        swept = {attack.name: read_states(attack) for attack in by if "attacker" in facts[attack]}
-        single = [attack for attack in by if "attacker" not in facts[attack] and (attack / file).exists()]
-        single = single or [attack for attack in by if facts[attack].get("attacker") == "paper"]
-        for used, attack in {settings(facts[x]): x for x in single[::-1]}.items() if single else [("", None)]:
-            run = {"folder": folder, "attack": attack, "base": init, "theta": theta, "attacks": swept}
-            run["recovered"] = read_json(attack / file) if attack else {}
-            groups.setdefault((name, settings(mine), used), []).append(run)
-    if groups and not {"Base", "base"} & {name for name, *_ in groups}:  # not scored there: of its runs
-        bases = {repr(run["base"]): run["base"] for runs in groups.values() for run in runs}.values()
-        none = dict(folder=Path(), attack=None, recovered={}, attacks={})
-        groups["base", "", ""] = [none | dict(base=b, theta=b) for b in bases]
-    order, rows = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}, {}
+        run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
+        run["attacks"] = {x.name: read_states(x) for x in by if "attacker" in facts[x]}
+        bases[base] = run | {"folder": base, "theta": init, "attacks": {}}
+        once = [x for x in by if "attacker" not in facts[x] and (x / file).exists()]
+        once = once or [x for x in by if facts[x].get("attacker") == "paper"]
+        found = {settings(facts[x]): {"attack": x, "recovered": read_json(x / file)} for x in once[::-1]}
+        for used, attacked in (found or {"": {}}).items():
+            groups.setdefault((name, settings(mine), used), []).append(run | attacked)
+    if groups and not {"Base", "base"} & {name for name, *_ in groups}:  # it was scored elsewhere
+        groups["base", "", ""] = [*bases.values()]
+    order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
     for (name, *_), runs in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
         where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
         rows[f"{name} ({where})" if name in rows else name] = runs
@@ -558,22 +533,21 @@ def average(rows):
     """Mean and standard error over dicts of numbers; of a single one, its own errors, of its questions."""
     if len(rows) == 1:
         return rows[0]
-    mean = {k: statistics.mean(row[k] for row in rows) for k in rows[0] if not k.endswith("_se")}
-    return mean | {f"{k}_se": statistics.stdev(row[k] for row in rows) / math.sqrt(len(rows)) for k in mean}
+    mean = {k: fmean(row[k] for row in rows) for k in rows[0] if not k.endswith("_se")}
+    return mean | {f"{k}_se": stdev(row[k] for row in rows) / math.sqrt(len(rows)) for k in mean}
 
 
 def columns(runs):
     """All numbers of a row: paper_scores, and worst_case where there were sweeps; mean over the runs."""
-    row = average([paper_scores(run["base"], run["theta"], run["recovered"] or run["theta"]) for run in runs])
-    if not runs[0]["recovered"]:
-        row = {k: v for k, v in row.items() if k.removesuffix("_se") in (*SIDES, "score_u")}
+    row = average([paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs])
     hurt = [r for r in runs if r["recovered"] and damaged(accuracies(r["theta"]), accuracies(r["recovered"]))]
     row |= {"runs": len(runs), "hurt": len(hurt)}
-    if found := [worst_case(run["attacks"]) for run in runs if run["attacks"]]:
+    if swept := [run for run in runs if run["attacks"]]:
+        before = average([paper_scores(run["base"], run["theta"], {}) for run in swept])
+        found = [worst_case(run["attacks"]) for run in swept]
         keys = ("worst", "retain_there", "rho", "highest", "worst_se", "retain_there_se", "rho_se")
+        row |= {f"swept_{k}": v for k, v in before.items()}
         row |= average([{k: w[k] for k in keys} for w in found])
-        swept = [paper_scores(run["base"], run["theta"], run["theta"]) for run in runs if run["attacks"]]
-        row |= {f"swept_{k}": v for k, v in average(swept).items() if k.removesuffix("_se") in SIDES}
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]
         row |= {"worst_attack": ", ".join(dict.fromkeys(w["attack"] for w in found)), "swept": len(found)}
@@ -633,6 +607,7 @@ def main(args):
     for name in args.ckpt:
         model, tokenizer = load_model(name, args.dtype, args.device, flag="--ckpt")
         summary, answers = score_mmlu(model, tokenizer, exam, args.format, args.tokens)
+        exam.plans.clear()  # of this tokenizer
         path = write_scores(args.out or scores_dir(name), summary, answers)
         say(f"{name} | {args.format} | {show_scores(summary)} | {path}")
 

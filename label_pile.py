@@ -210,12 +210,11 @@ def judge(model, tokenizer, texts, head, tail, budget=None):
     answers = answer_ids(tokenizer, tail)
     targets = [answers["yes"] + answers["no"]]
     whole = [before + ids + after for ids in plain(tokenizer, texts).input_ids]
-    scores = [(0.0, 0.0)] * len(texts)
     rows = [Row(j, ids, len(ids) - 1, targets) for j, ids in enumerate(whole)]
-    for j, found in score_rows(model, rows, budget):
-        p = [math.exp(x) for x in found]
-        scores[j] = sum(p[: len(answers["yes"])]) / (sum(p) or 1.0), sum(p)
-    return scores
+    found = sorted(score_rows(model, rows, budget))  # by j
+    p = torch.tensor([scores for _, scores in found], dtype=torch.float64).exp()
+    yes, either = p[:, : len(answers["yes"])].sum(1), p.sum(1)
+    return [*zip((yes / either.clamp_min(1e-300)).tolist(), either.tolist())]
 
 
 class Parts:
@@ -248,36 +247,38 @@ class Parts:
         path.with_suffix(".draft").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
         path.with_suffix(".draft").replace(path)
         self.count += 1
-        for row in rows:
-            self.labels[row["label"]] += 1
 
 
-def label(chunks, score, parts, *, rows, name, max_chunks=None, per_class=None, log=lambda *_: None):
-    """Scores chunks part by part until they or a limit end.
+def label(args, chunks, score, parts):
+    """Scores chunks part by part until they or a limit end; prints a line after each part.
 
-    chunks     from read_chunks
-    score      score(texts) -> (p(yes), p(yes or no)) of each
-    parts      Parts; rows chunks go to each; name: the judge's, a column
-    max_chunks, per_class  limits on all rows and on the rows of the rarer label, or None
-    log        called after each part as log(bytes read)
+    args    rows of a part; max_chunks, per_class and max_bytes, the limits; judge, a column
+    chunks  from read_chunks
+    score   score(texts) -> (p(yes), p(yes or no)) of each
+    parts   Parts
     """
-    most, each, warned = max_chunks or math.inf, per_class or math.inf, False
-    while (n := sum(parts.labels.values())) < most and min(parts.labels.values()) < each:
-        if not (batch := list(islice(chunks, int(min(rows, most - n))))):
+    most, each, labels, warned = args.max_chunks or math.inf, args.per_class or math.inf, parts.labels, False
+    first, start = sum(labels.values()), time.time()
+    while (n := sum(labels.values())) < most and min(labels.values()) < each:
+        if not (batch := list(islice(chunks, int(min(args.rows, most - n))))):
             return
-        found, done, scores = [], dict(parts.labels), score([text for _, text, _, _ in batch])
-        if (sure := sum(either for _, either in scores) / len(scores)) < 0.1 and not warned:
-            warned = (
-                f"WARNING: p(yes) + p(no) is {sure:.1e}, so labels mean little: does the judge think first?"
-            )
-            print(f"{warned} try another --question, or --no-chat", file=sys.stderr)
+        rows, scores = [], score([text for _, text, _, _ in batch])
+        sure = sum(either for _, either in scores) / len(scores)
+        if sure < 0.1 and not warned:
+            warned = True
+            why = f"p(yes) + p(no) is {sure:.1e}, so labels mean little; does the judge think first?"
+            print(f"WARNING: {why} Try another --question, or --no-chat", file=sys.stderr)
         for ((d, k), text, meta, _), (p, _) in zip(batch, scores):
-            if min(done.values()) < each:  # up to the row with which both labels have enough
+            if min(labels.values()) < each:  # up to the row with which both labels have enough
                 row = {"id": f"{d}-{k}", "txt_chunk": text, "meta": meta, "label": p > 0.5}
-                found.append(row | {"score": round(p, 6), "judge": name})
-                done[p > 0.5] += 1
-        parts.write(found)
-        log(batch[-1][3])
+                rows.append(row | {"score": round(p, 6), "judge": args.judge})
+                labels[p > 0.5] += 1
+        parts.write(rows)
+        n, size = n + len(rows), batch[-1][3]
+        share = max(n / most, min(labels.values()) / each, size / args.max_bytes)  # of the nearest limit
+        pace, positive = (n - first) / (time.time() - start), 100 * labels[True] / n
+        done = f"{size / 1e6:.1f} MB read | {100 * share:.0f} % done"
+        say(f"chunks {n} | {pace:.1f} chunks/s | positive {positive:.1f} % | {done}")
 
 
 def main(args):
@@ -295,22 +296,10 @@ def main(args):
     if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):
         fail(f"--tokens {args.tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")
     parts = Parts(args.out, shard, {k: getattr(args, k) for k in kept} | {"shards": shard[1]})
-    first, start = sum(parts.labels.values()), time.time()
-    say(f"{model.device} | {model.dtype} | judge {args.judge} | writes {args.out}, {first} rows are there")
-
-    def log(size):
-        n, spent = sum(parts.labels.values()), time.time() - start
-        limits = ((n, args.max_chunks), (min(parts.labels.values()), args.per_class), (size, args.max_bytes))
-        share = max(done / limit for done, limit in limits if limit)  # of the limit that is nearest
-        pace, positive = (n - first) / spent, 100 * parts.labels[True] / n
-        done = f"{size / 1e6:.1f} MB read | {100 * share:.0f} % done"
-        say(f"chunks {n} | {pace:.1f} chunks/s | positive {positive:.1f} % | {done}")
-
-    label(
-        read_chunks(rows, cutter, args.tokens, shard, args.max_bytes, parts.after),
-        lambda texts: judge(model, tokenizer, texts, head, tail), parts, rows=args.rows, name=args.judge,
-        max_chunks=args.max_chunks, per_class=args.per_class, log=log,
-    )  # fmt: skip
+    there = f"{sum(parts.labels.values())} rows are there"
+    say(f"{model.device} | {model.dtype} | judge {args.judge} | writes {args.out}, {there}")
+    chunks = read_chunks(rows, cutter, args.tokens, shard, args.max_bytes, parts.after)
+    label(args, chunks, lambda texts: judge(model, tokenizer, texts, head, tail), parts)
     n, positive = sum(parts.labels.values()), parts.labels[True]
     write_json(parts.summary, {"chunks": n, "positive": positive, "arguments": vars(args)})
     say(f"{n} rows, {positive} positive, in {args.out}\nnext: python rmat.py --data {args.out}")

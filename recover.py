@@ -7,22 +7,18 @@ back.
 
     for i = 1 .. steps:  θ' ← AdamW(θ', ∇L(θ'; pairs), lr)      # question-answer pairs on the subject of F
 
-    Score_U = (F_init - F) + (R - R_init)      Score_R = F_init - F'      Composite = (Score_U + Score_R) / 2
-
-F, R: forget and retain accuracy on MMLU in percent, of the untouched base (init), the checkpoint θ, and θ'
-after the attack ('). The printed formula of Score_R has θ; Tables 1 and 2 follow θ', and so does this file.
-L: next-token cross-entropy. The 1000 steps are Figure 3's; where the paper is silent, our choices:
+F, R: forget and retain accuracy on MMLU of the checkpoint θ; F', R': of θ' after the attack. The scores that
+Table 1 makes of them are in evaluate_mmlu.py. L: next-token cross-entropy. The 1000 steps are Figure 3's;
+where the paper is silent, our choices:
 
 1) A pair is "message_1, blank line, message_2", with the loss on every token: Figure 3's stairs are epochs.
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
 
 A low F' may be damage instead of robustness: where R' is more than 10 points below R, the row is marked.
-
 One attack is not all attacks: the flags make others, and `--sweep` runs those of SWEEP below, one after the
 other, each into CKPT/sweep/NAME; what is finished is not run again. Its result is the worst case: the
-highest forget accuracy over attackers and scored steps, among states with R' within 10 points of R. As the
-highest of many is high by chance too, the state is chosen on one half of the forget questions and scored on
-the other, and the other way round. The never-taught control under the same sweep says how much is learning.
+highest forget accuracy over attackers and scored steps, among states with R' within 10 points of R, freed of
+what is chance (evaluate_mmlu.worst_case). What a never-taught control reaches in a sweep is learning.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations; a
 sweep keeps θ in host memory. --lora trains and keeps moments for its own matrices only.
@@ -46,6 +42,7 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
@@ -144,16 +141,15 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
     if "--tiny" in argv:
         parser.set_defaults(**TINY)
-    if not {"-h", "--help"} & set(argv):
-        folder = Path(parser.parse_known_args(argv)[0].ckpt)
-        known = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-        there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
-        there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items()}
-        if known.get("tiny"):
-            world = (folder / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
-            files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
-            parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
-        parser.set_defaults(**there)
+    folder = Path(parser.parse_known_args(argv)[0].ckpt)
+    known = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    if known.get("tiny"):
+        world = (folder / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
+        files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
+        parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
+    there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
+    there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items()}
+    parser.set_defaults(**there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
     args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
@@ -161,12 +157,13 @@ def parse_args(argv=None):
     least = min(args.steps, args.batch, args.eval_every, args.log_every)
     if least < 1 or args.tokens < 2 or not 0 < args.lr < 1e3:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
-    if not 0 <= args.shots <= 5 or not re.fullmatch(r"[1-9]\d*/[1-9]\d*", args.shard):
+    shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
+    if not 0 <= args.shots <= 5 or not shard or int(shard[1]) > int(shard[2]):
         parser.error("--shots goes from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:
-        args.steps = 1  # more steps hold no more
+        args.steps, args.probe = 1, None  # more steps hold no more, a probe less
     return args
 # fmt: on
 
@@ -185,8 +182,8 @@ from common import (
     write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, SIDES, accuracies, damaged, load_mmlu, paper_scores, plan, read_scores, read_states,
-    right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
+    FORGET, SIDES, TABLE, accuracies, damaged, load_mmlu, markdown, paper_scores, plan, read_scores,
+    read_states, right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
 )  # fmt: skip
 
 
@@ -204,29 +201,28 @@ def adapters(model, rank, seed):
     """Inside, every matrix W of the decoder layers has a LoRA (Hu et al., 2021): W x + 2 B A x, A and B in
     float32, and only these train; then they are merged into W. rank 0: the model stays as it is."""
     model.requires_grad_(not rank)
-    layers = enumerate(decoder_layers(model) if rank else ())
-    modules = [(module, (seed, "lora", l, name)) for l, x in layers for name, module in x.named_modules()]
-    linear = [
-        x for x in modules if isinstance(x[0], (torch.nn.Linear, Conv1D))
-    ]  # Conv1D: GPT-2's, transposed
-    if rank and len(linear) < (n := len(matrices(model))):
-        raise NotApplicable(f"LoRA knows {len(linear)} of the {n} matrices of {type(model).__name__}")
+    linear = {}
+    if rank:
+        kinds = torch.nn.Linear, Conv1D  # which is GPT-2's, transposed
+        linear = {k: x for k, x in decoder_layers(model).named_modules() if isinstance(x, kinds)}
+        if len(linear) < (n := len(matrices(model))):
+            raise NotApplicable(f"LoRA knows {len(linear)} of the {n} matrices of {type(model).__name__}")
 
     def add(module, inputs, y):
         A, B = (x.to(y.dtype) for x in (module.lora_A, module.lora_B))
         return y + 2 * F.linear(F.linear(inputs[0], A), B)
 
-    for module, key in linear:
+    for name, module in linear.items():
         out, into = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
-        new = partial(torch.zeros, device=module.weight.device, dtype=torch.float32)
-        draw = generator(module.weight.device, *key)
-        module.lora_A = torch.nn.Parameter(new(rank, into).normal_(0, into**-0.5, generator=draw))
-        module.lora_B = torch.nn.Parameter(new(out, rank))
+        zeros = partial(torch.zeros, device=module.weight.device, dtype=torch.float32)
+        draw = generator(module.weight.device, seed, "lora", name)
+        module.lora_A = torch.nn.Parameter(zeros(rank, into).normal_(0, into**-0.5, generator=draw))
+        module.lora_B = torch.nn.Parameter(zeros(out, rank))
         module.hook = module.register_forward_hook(add)
     try:
         yield
     finally:
-        for module, _ in linear:
+        for module in linear.values():
             module.hook.remove()
             with torch.no_grad():
                 low, W = 2 * module.lora_B @ module.lora_A, module.weight
@@ -259,8 +255,8 @@ def finetune(
     params = [p for p in model.parameters() if p.requires_grad]
     opt = Optimizer(params, optimizer, betas=(0.9, 0.999), decay=decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
-    model.train()
     for i in steps_left(steps, *opt.moments):
+        model.train()  # scoring, in `log`, ends in eval mode
         loss = sum(w * backward(model, next_token_loss, *x[i - 1], factor=w) for x, w in parts)
         check_finite(i, loss)
         sum_gradients(params)
@@ -314,21 +310,6 @@ def load_texts(source, column=None):
     return [cleaned(x, f"--recovery {source}: row {i}") for i, x in enumerate(texts) if x is not None]
 
 
-def many_shots(texts, tokenizer, plans, context, most=2048):
-    """As many of the texts, joined, as fit before each prompt in `plans`: up to `most` tokens, or what
-    `context`, the model's, leaves. And their number."""
-    longest = max(len(row.ids) + len(row.targets) for rows in plans for row in rows)
-    preface, n = "", 0
-    for text in texts:
-        longer = preface + text + "\n\n"
-        if len(tokenizer(longer).input_ids) > min(most, context - longest):
-            break
-        preface, n = longer, n + 1
-    if not n:
-        raise NotApplicable("no text fits before the prompts")
-    return preface, n
-
-
 def probe(args, run, exam, form, theta):
     """An attack without training: (summary, answers) of rounded or pruned weights, or of other prompts."""
     model, tokenizer = run.model, run.tokenizer
@@ -340,17 +321,22 @@ def probe(args, run, exam, form, theta):
         asked = exam.part(exam.forget)
         plans = [plan(tokenizer, asked.about.get(name, name), *asked[name], form) for name in asked]
         context = getattr(model.config.get_text_config(), "max_position_embeddings", 2048)
-        preface, n = many_shots(load_texts(args.recovery, args.column), tokenizer, plans, context)
-        say(f"{n} texts before each prompt")
-        summary, answers = score_mmlu(model, tokenizer, asked, form, preface=preface)
+        room = min(2048, context - max(len(row.ids) + len(row.targets) for rows in plans for row in rows))
+        joined = accumulate(f"{text}\n\n" for text in load_texts(args.recovery, args.column))
+        fit = [*takewhile(lambda text: len(tokenizer(text).input_ids) <= room, joined)]
+        if not fit:
+            raise NotApplicable("no text fits before the prompts")
+        say(f"{len(fit)} texts before each prompt")
+        summary, answers = score_mmlu(model, tokenizer, asked, form, preface=fit[-1])
         return summary | {"retain": theta["retain"], "protocol": theta["protocol"]}, answers
     return score_mmlu(model, tokenizer, exam, form)
 
 
-def untouched(name, exam, form, load):
+def untouched(name, args, exam, form, *loaded):
     """(summary, answers) of a model that this run does not change; kept, so that they are measured once."""
     if not (found := read_scores(name, exam, form)):
-        found = score_mmlu(*load(), exam, form)
+        loaded = loaded or load_model(name, args.dtype, args.device, "--base")
+        found = score_mmlu(*loaded, exam, form)
         write_scores(scores_dir(name), *found)
     return found
 
@@ -375,17 +361,15 @@ def attack(args, run, exam):
     def log(i, steps, loss):
         run.log(i, steps, loss=loss)
         if not args.dry_run and (i % args.eval_every == 0 or i == steps):
-            show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form, plans=PLANS))
+            show(f"step {i}/{steps}", i, *score_mmlu(model, run.tokenizer, exam, form))
 
     if not args.dry_run:
-        theta, answers = untouched(args.ckpt, exam, form, lambda: (model, run.tokenizer))
-        load_base = partial(load_model, args.base, args.dtype, args.device, flag="--base")
-        init, _ = untouched(args.base, exam, form, load_base)  # of an untouched --ckpt: that very file
-    run.begin(tokens=0 if args.probe else args.batch * args.tokens)
-    if not args.dry_run:
+        theta, answers = untouched(args.ckpt, args, exam, form, model, run.tokenizer)
+        init, _ = untouched(args.base, args, exam, form)  # of an untouched --ckpt: that very file
         say(f"base   | {show_scores(init)}")
-        if not run.saved:
-            show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])
+    run.begin(tokens=0 if args.probe else args.batch * args.tokens)
+    if not args.dry_run and not run.saved:
+        show("before", 0, theta, answers, base=init["forget"]["acc"], base_se=init["forget"]["se"])
     if args.probe:
         show(args.probe, 1, *probe(args, run, exam, form, theta))
     else:
@@ -411,36 +395,30 @@ def attack(args, run, exam):
     return row
 
 
-PLANS = {}  # tokenised prompts, of one process's tokenizer and questions
-
-
 def sweep(args, argv):
     """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case. One that
     fails, or is not applicable, is not counted as an attacker that the model withstood."""
     part, parts = map(int, args.shard.split("/"))
-    if part > parts:
-        fail(f"--shard {args.shard}: there are {parts} parts; give 1/{parts} to {parts}/{parts}")
     chosen = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
     out = {name: Path(args.out) / name for name in SWEEP}
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
-    first, failed = None, {}
+    failed = {}
     for n, name in enumerate(todo):
         say(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'})")
         a = parse_args([*argv, *SWEEP[name].split(), "--out", out[name]])
         run = Run(a)
-        if first:  # the model is loaded once
-            shared = ("name", "base", "model", "tokenizer", "gpu", "size", "chunks")
-            run.__dict__ |= {k: getattr(first, k) for k in shared}
-        else:
-            first, exam = run, load_exam(a)
+        if not n:  # the model is loaded once
+            exam = load_exam(a)
             run.load(a.ckpt, "--ckpt")
+            shared = {k: getattr(run, k) for k in ("name", "base", "model", "tokenizer", "gpu", "size")}
             theta = HostCopy([*run.model.parameters()])
             theta.save()
+        run.__dict__ |= shared
         try:
-            row = attack(a, run, exam)
-            facts = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name, stopped=row["stopped"])
-            run.save(weights=args.keep_weights, **facts)
+            attack(a, run, exam)
+            more = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
+            run.save(weights=args.keep_weights, **more)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
             if getattr(error, "code", 2) != 2:  # a signal
                 raise
@@ -451,16 +429,6 @@ def sweep(args, argv):
         run.model.zero_grad()  # what an attack left would be added to the next one's
     found = {x: read_states(out[x]) for x in SWEEP if (out[x] / "args.json").exists()}
     say("\n" + show_sweep(found) + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
-
-
-def show_row(name, row):
-    """The row of Table 1, percent ± standard error, under its header."""
-    cells = [f"{row[k]:.1f} ± {row[k + '_se']:.1f}" for k in row if k + "_se" in row]
-    heads = ["Forget", "Retain", "Score_U", "Forget", "Retain", "Score_R", "Composite"]
-    first, width = max(len(name) + 2, 12), max(map(len, cells)) + 2
-    say(f"\n{'':{first}}{'Unlearning':<{3 * width}}Recovery")
-    for label, line in (("", heads), (name, cells)):
-        say(f"{label:{first}}" + "".join(f"{cell:<{width}}" for cell in line).rstrip())
 
 
 def load_exam(args):
@@ -475,11 +443,8 @@ def main(args, argv=None):
     run.load(args.ckpt, "--ckpt")
     row = attack(args, run, None if args.dry_run else load_exam(args))
     run.save(base=args.base, data=args.recovery, mmlu=args.mmlu)
-    show_row(Path(args.ckpt).name, row)
-    if row["best_step"]:
-        say(f"\nbest on the way: forget {row['best_forget']:.1f} at step {row['best_step']}")
-    if row["damaged"]:
-        say("DAMAGED: it cost over 10 points of retain; low forget accuracy is no robustness")
+    say("\n" + show_sweep({"this attack": read_states(args.out)}) + "\n")
+    say(markdown({Path(args.ckpt).name: row | {"runs": 1, "hurt": row["damaged"]}}, TABLE))
     say(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parent} --format {args.format}")
 
 

@@ -152,9 +152,8 @@ def place(tmp_path_factory, mmlu):
 
 
 @pytest.fixture
-def recover(place, monkeypatch, capsys):
+def recover(place, capsys):
     """A function that runs recover.py on a toy model and returns what it printed."""
-    monkeypatch.setattr(R, "PLANS", {})
 
     def run(out, flags, kind="llama"):
         flags += (

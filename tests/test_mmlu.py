@@ -115,11 +115,11 @@ def test_a_subject_may_mix_options_of_one_token_and_of_many():
 
 
 def test_the_shots_are_computed_once_per_subject(mmlu):
-    tokenizer, plans, passes = bpe(words(mmlu)), {}, []
+    tokenizer, exam, passes = bpe(words(mmlu)), Exam({"astronomy": mmlu["astronomy"]}), []
     model = toy_model(vocab=len(tokenizer))
     model.base_model.embed_tokens.register_forward_pre_hook(lambda _, ids: passes.append(ids[0].numel()))
-    score_mmlu(model, tokenizer, Exam({"astronomy": mmlu["astronomy"]}), budget=100_000, plans=plans)
-    lengths = [len(row.ids) for row in plans["astronomy", "letter", ""]]
+    score_mmlu(model, tokenizer, exam, budget=100_000)
+    lengths = [len(row.ids) for row in exam.plans[tokenizer, "astronomy", "letter", ""]]
     assert len(lengths) == 6 and len(passes) == 2 and sum(passes) < sum(lengths) / 2  # a row: a question
 
 
