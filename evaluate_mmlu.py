@@ -487,7 +487,7 @@ def rows_under(root, form):
 
     A run is {"folder", "attack", "base", "theta", "recovered", "attacks"}: the checkpoint's folder and its
     Recovery's, summaries, the third {} if it was not attacked, and {attacker: states} of a sweep. Scores of a
-    run compare if their files have the same name.
+    run and of its base compare if their protocols are equal.
     """
 
     def place(name, folder):
@@ -509,8 +509,9 @@ def rows_under(root, form):
         base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
         name = by and how["arguments"]["name"] or title(mine)
         name = name or (folder.name if base != folder else "Base" if by else "base")
-        theta, init = read_json(folder / file), read_json(base / file)
-        if not theta or theta["protocol"] != init.get("protocol"):
+        theta, of_base = read_json(folder / file), map(read_json, base.glob(usual.replace("json", "*json")))
+        init = next((x for x in of_base if x.get("protocol") == theta.get("protocol", "")), None)
+        if not init:
             continue
         run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
         run["attacks"] = {x.name: read_states(x) for x in by if "attacker" in facts[x]}

@@ -172,6 +172,14 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
+def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_called(tmp_path):
+    base, rm = world(tmp_path) / "base", world(tmp_path) / "rm"
+    (base / "mmlu_cloze.json").rename(base / "mmlu_cloze.12345678.json")  # first it was scored on all of MMLU
+    E.write_scores(base, summary(0.6, 0.6, questions="z" * 16), [])
+    mapped(rm)
+    assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["base"]["forget"]["acc"] == 1.0
+
+
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
     row, found = columns(sweeps)["Random Mapping"], printed(columns(sweeps))
     keys = ("forget", "swept_forget", "worst", "worst_se", "rho", "rho_low", "rho_high")  # Student's interval
