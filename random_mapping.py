@@ -57,9 +57,9 @@ def parse_args(argv=None):
     add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
     add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/random_mapping", help="checkpoint directory to write")
-    add("--lr", type=float, default=1e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
-    add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
-    add("--warmup", type=int, default=10, help="steps over which the learning rate rises from 0")
+    add("--lr", type=float, default=4e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
+    add("--steps", type=int, default=36, help="optimizer steps (paper: not stated)")
+    add("--warmup", type=int, default=4, help="steps over which the learning rate rises from 0")
     add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
@@ -134,9 +134,8 @@ def random_mapping(
         loss_f = backward(model, loss, *forget[i - 1], factor=w, norms=norms)
         loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
         check_finite(i, loss_f, loss_r)  # .grad = ∇(w · mapping loss + L(θ; x_r))
-        opt.step(
-            i, lr * min(i / warmup, 1 - (i - 1) / steps), seed, "random_mapping", i
-        )  # θ ← AdamW(θ, .grad)
+        rate = lr * min(i / warmup, 1 - (i - 1) / steps)
+        opt.step(i, rate, seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
         log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 

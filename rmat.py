@@ -51,10 +51,10 @@ def parse_args(argv=None):
     add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
     add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/rmat", help="checkpoint directory to write")
-    add("--rm-lr", type=float, default=1e-5, help="learning rate of Random Mapping, falling linearly to 0")
-    add("--rm-steps", type=int, default=1000, help="steps of Random Mapping; 0 skips it (paper: not stated)")
+    add("--rm-lr", type=float, default=4e-5, help="learning rate of Random Mapping, falling linearly to 0")
+    add("--rm-steps", type=int, default=36, help="steps of Random Mapping; 0 skips it (paper: not stated)")
     add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
-    add("--warmup", type=int, default=10, help="steps of each phase over which the rate rises from 0")
+    add("--warmup", type=int, default=4, help="steps of Random Mapping over which its rate rises from 0")
     add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
     add("--N", type=int, default=100, help="outer steps (paper: not stated)")
@@ -135,9 +135,8 @@ def random_mapping(
         loss_f = backward(model, loss, *forget[i - 1], factor=w, norms=norms)
         loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
         check_finite(i, loss_f, loss_r)  # .grad = ∇(w · mapping loss + L(θ; x_r))
-        opt.step(
-            i, lr * min(i / warmup, 1 - (i - 1) / steps), seed, "random_mapping", i
-        )  # θ ← AdamW(θ, .grad)
+        rate = lr * min(i / warmup, 1 - (i - 1) / steps)
+        opt.step(i, rate, seed, "random_mapping", i)  # θ ← AdamW(θ, .grad)
         log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
