@@ -11,6 +11,7 @@ Made of them, in OUT/data: chunks.jsonl, pieces of at most 1,200 characters; mml
 biology question (--every) and so many of each other subject (--others); recovery.jsonl, the pairs, and
 questions of biological subjects of MMLU's validation split, which are never scored, eight times each.
 
+The README's rows: --every 2 --others 30 --only random_mapping rmat.
 The steps are few, for two CPU cores and 24 GB (with 12 GB of swap); --full: the scripts' defaults, for a GPU.
 """
 
