@@ -735,7 +735,7 @@ def gradient_sample(model):
     """Every 61st element of .grad (prime: no column is left out), the same ones on any number of ranks."""
     parts = []
     for p in (p for p in model.parameters() if p.requires_grad):
-        start = rank() * -(-len(p) // ranks()) * (p.numel() // len(p))  # where this rank's rows begin
+        start = rank() and rank() * -(-len(p) // ranks()) * (p.numel() // len(p))  # of this rank's rows
         x = local(p.detach() if p.grad is None else p.grad).flatten()[-start % 61 :: 61]
         parts.append(torch.zeros_like(x) if p.grad is None else x)
     return torch.cat(parts)
