@@ -177,9 +177,9 @@ from huggingface_hub import hf_hub_download
 from transformers.pytorch_utils import Conv1D
 
 from common import (
-    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, check_finite, cleaned, decoder_layers,
-    fail, generator, like, load_model, local, next_token_loss, no_log, read_table, say, sum_gradients, whole,
-    write_json,
+    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
+    decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_table, say,
+    sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, SIDES, TABLE, accuracies, damaged, load_mmlu, markdown, paper_scores, plan, read_scores,
@@ -338,6 +338,7 @@ def untouched(name, args, exam, form, *loaded):
         loaded = loaded or load_model(name, args.dtype, args.device, "--base")
         found = score_mmlu(*loaded, exam, form)
         write_scores(scores_dir(name), *found)
+        barrier()  # every rank finds them next time
     return found
 
 
