@@ -184,7 +184,7 @@ class Run:
         self.start = self.last_saved = time.time()
         self.chunks, self.saved, self.stop, self.clock = None, None, 0, {}
         self.live, self.between = None, 0  # of a dry run: LiveBytes; bytes held between steps
-        self.balance = 0  # the largest that was logged
+        self.balance = defaultdict(float)  # of each phase, the largest that was logged
         if args.dry_run:
             return
         if (self.out / "args.json").exists():
@@ -320,13 +320,13 @@ class Run:
         values = {k: float(summed(v) if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
         if norms:
             values["balance"] = float(whole(norms[0])) / max(float(norms[1]), 1e-9)
-            self.balance = max(self.balance, values["balance"])
+            self.balance[phase] = max(self.balance[phase], values["balance"])
         self.write(phase=phase, step=step, **values)
         shown = " | ".join(f"{k} {v:.3f}" for k, v in values.items())
         pace = (time.time() - start) / max(step - first, 1)
         more = f"{pace:.2f} s/step | {peak_bytes() / 1e9:.1f} GB | eta {pace * (steps - step) / 60:.1f} min"
         say(f"{phase} {step}/{steps} | {shown} | {more}")
-        if step == steps and norms and self.balance < 0.05:
+        if step == steps and norms and self.balance[phase] < 0.05:
             say(f"{phase}: balance stayed under 0.05: this only fine-tunes; give the forget loss more weight")
 
     def write(self, **values):

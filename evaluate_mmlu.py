@@ -203,7 +203,7 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
             files = sorted((folder / end).glob(f"*_{end}.csv"))
         for file in files:
             for name, question in read_rows(str(file), "--mmlu", "all", part):
-                mmlu[name or file.name.removesuffix(f"_{end}.csv")][place].append(question)
+                mmlu[name or Path(file).name.removesuffix(f"_{end}.csv")][place].append(question)
     names = subjects or sorted({*mmlu, *(() if questions else forget)})
     if lacking := [name for name in names if len(mmlu[name][0]) < shots or not mmlu[name][1]]:
         fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import baselines as B
 from adv_probes import adv_probes
-from common import Stream, backward, decoder_layers, load_model, next_token_loss, residual_streams
+from common import Optimizer, Stream, backward, decoder_layers, load_model, next_token_loss, residual_streams
 from mlac_ar import mlac_ar
 from random_mapping import mapping_loss, random_mapping, random_targets
 from recover import finetune
@@ -28,6 +28,11 @@ RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
     "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, f, probe_width=8, **more),
     "swd": lambda model, f, r, **more: adv_probes(model, f, r, None, freeze=False, **more),
 }
+
+
+class FirstStep(Optimizer):
+    def step(self, t, *more):
+        super().step(1, *more)
 
 
 @pytest.fixture
@@ -110,6 +115,19 @@ def test_the_mapping_loss_has_its_share_where_streams_are_large(kind, balance, r
     ratio = float(seen[0]["norms"][0] / seen[0]["norms"][1])
     assert ratio == pytest.approx(0.3, rel=1e-3) if balance else ratio < 0.01
     assert seen[-1]["forget"] < reached if balance else seen[-1]["forget"] > 0.98
+
+
+def test_the_rate_rises_while_warming_up_and_falls_to_the_last_step():
+    """AdamW's first step is the rate, wherever there is a gradient."""
+    moved = {}
+    for i in (1, 2, 4, 10):
+        model = toy_model()
+        before, more = flat(model), dict(steps=10, lr=1e-2, warmup=4, steps_left=lambda *_, i=i: (i,))
+        with pytest.MonkeyPatch.context() as patch:  # as the first step, at the rate of step i
+            patch.setattr("random_mapping.Optimizer", FirstStep)
+            random_mapping(model, Batches(8), Batches(8), **more)
+        moved[i] = (flat(model) - before).abs().max().item()
+    assert moved == pytest.approx({1: 0.0025, 2: 0.005, 4: 0.007, 10: 0.001}, rel=1e-2)
 
 
 def test_norms_are_those_of_each_gradient_though_they_are_added_up():

@@ -80,6 +80,14 @@ def short_run(model, match=True, **more):
     return seen
 
 
+@pytest.mark.parametrize("match", [True, False])
+def test_the_distance_has_its_weight_against_the_retain_loss(match):
+    one, three = (short_run(toy_model(), match, steps=1, weight=w)[0] for w in (1, 3))
+    torch.testing.assert_close(three["norms"][0], 3 * one["norms"][0])
+    torch.testing.assert_close(three["norms"][1], one["norms"][1], rtol=1e-3, atol=0)
+    assert three["forget"] == one["forget"]
+
+
 @pytest.mark.parametrize("probe_steps, freeze", [(1, True), (5, False)])
 def test_a_step_is_three_passes_and_frozen_weights_are_unchanged(probe_steps, freeze):
     model, before, inputs = toy_model(), toy_model().state_dict(), []

@@ -87,10 +87,16 @@ def out(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("balance, drowned", [(0.001, True), (0.3, False)])
-def test_a_run_whose_forget_loss_has_no_say_says_so(balance, drowned, tmp_path, capsys):
-    call("random_mapping", *SHORT, "--steps", 2, "--balance", balance, "--out", tmp_path / "out")
-    assert ("balance stayed under 0.05: this only fine-tunes" in capsys.readouterr().out) == drowned
+@pytest.mark.parametrize("command, balance, phases", [
+    ("random_mapping --steps 2 --balance 0.001", 0.001, ["step"]),
+    ("rmat --rm-steps 1 --N 1 --K 1 --balance 0.3 --alpha 0", 0.3, ["mlac_ar"]),
+    ("baselines --method high_low_lr --steps 2 --balance 0.3", 0.3, []),
+])  # fmt: skip
+def test_a_phase_whose_forget_loss_has_no_say_says_so(command, balance, phases, tmp_path, capsys):
+    script, *flags = command.split()
+    call(script, *SHORT, *flags, "--out", tmp_path / "out")
+    said = [x for x in capsys.readouterr().out.splitlines() if "under 0.05: this only fine-tunes" in x]
+    assert [x.partition(":")[0] for x in said] == phases
     assert metrics(tmp_path / "out")[0]["balance"] == pytest.approx(balance, rel=1e-3)
 
 
