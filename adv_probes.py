@@ -119,21 +119,35 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 from common import (
-    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, gradient_sample, mean,
+    Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, gradient_sample,
     next_token_loss, no_log, ranks, residual_streams, sample_norm, say, seed_of, sum_gradients, summed,
 )  # fmt: skip
 
 
-def score_gap(probe, h_m, h_f, mask):
-    """E[D(M)] - E[D(F)] of one layer, masked means over tokens (3.4): the probe maximises it, the model
+def points(H):
+    """(L, n, D) of L streams (B, T, D): each position but the first (BOS), normalised; bf16 on a GPU."""
+    dtype = torch.float32 if H[0].is_cpu else torch.bfloat16
+    return torch.stack([F.layer_norm(h[:, 1:].float(), h.shape[-1:]).to(dtype).flatten(0, 1) for h in H])
+
+
+def score_gap(probes, x_m, x_f, mask):
+    """E[D(M)] - E[D(F)] of each layer, (L,), means over tokens (3.4): the probes maximise it, the model
     minimises it.
 
-    h_m, h_f  (B, T, D), streams of match and forget text of the same lengths
-    mask      (B, T), true on tokens; the first position (BOS) is left out
+    probes    W, b of each of their layers: (L, D, width), (L, 1, width), ...
+    x_m, x_f  (L, n, D), points of match and forget text of the same lengths
+    mask      (n,), true on tokens
     """
-    with torch.autocast("cuda", torch.bfloat16, enabled=h_f.is_cuda):
-        gap = (probe(h_m[:, 1:].float()) - probe(h_f[:, 1:].float())).squeeze(-1)  # (B, T - 1)
-    return mean(gap.float(), mask[:, 1:])
+    W_1, b_1, W_2, b_2, W_3, b_3 = (p.to(x_f.dtype) for p in probes)
+
+    def hidden(y):
+        return F.layer_norm(F.leaky_relu(y, 0.2).float(), y.shape[-1:]).to(y.dtype)
+
+    def scores(x):  # (L, n)
+        y = hidden(torch.baddbmm(b_2, hidden(torch.baddbmm(b_1, x, W_1)), W_2))
+        return torch.baddbmm(b_3, y, W_3).squeeze(-1).float()
+
+    return ((scores(x_m) - scores(x_f)) * mask).sum(1) / mask.sum()
 
 
 def sliced_wasserstein(x, y, mask):
@@ -164,36 +178,30 @@ def swd_loss(H, mask, *key, lines=128):
     mask, D = all_rows(mask[:, 1:].int()).bool().flatten(), H[0].shape[-1]
     draw = partial(torch.randn, generator=generator(mask.device, *key), device=mask.device)
     directions, noise = F.normalize(draw(lines, D), dim=-1), draw(len(mask), D)
-    points = [all_rows(h[:, 1:].float() @ directions.T).flatten(0, 1) for h in H]  # (n, P)
-    distances = [sliced_wasserstein(x, noise @ directions.T, mask) for x in points]
+    projected = [all_rows(h[:, 1:].float() @ directions.T).flatten(0, 1) for h in H]  # (n, P)
+    distances = [sliced_wasserstein(x, noise @ directions.T, mask) for x in projected]
     return torch.stack(distances).mean() / ranks()  # of several GPUs each computes the same
 
 
-def probe_step(probes, optimizer, H_m, H_f, mask, share, clip=0.1):
-    """One ascent step of every probe on streams without gradient, then clipping, to keep it Lipschitz. share:
-    of the batch's tokens, this GPU's."""
+def probe_step(probes, optimizer, x_m, x_f, mask, share, clip=0.1):
+    """One ascent step of every probe on points without gradient, then clipping, to keep it Lipschitz.
+    share: of the batch's tokens, this GPU's."""
     optimizer.zero_grad()
-    for probe, h_m, h_f in zip(probes, H_m, H_f):  # one layer's activations at a time
-        (-share * score_gap(probe, h_m, h_f, mask)).backward()
-    sum_gradients(probes.parameters())
+    (-share * score_gap(probes, x_m, x_f, mask).sum()).backward()
+    sum_gradients(probes)
     optimizer.step()
-    for module in probes.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data.clamp_(-clip, clip)
+    for W in probes[::2]:
+        W.data.clamp_(-clip, clip)
 
 
-def make_probes(L, D, width, seed):
-    """L probes (B, T, D) -> (B, T, 1)."""
-    nn, norm = torch.nn, partial(torch.nn.LayerNorm, elementwise_affine=False)
+def make_probes(L, D, width, seed, device):
+    """W and b of the probes' three linear layers, see score_gap; all L probes in one tensor each."""
+    sizes = (D, width), (width, width // 4), (width // 4, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "critics"))
-        return nn.ModuleList(
-            nn.Sequential(
-                norm(D), nn.Linear(D, width), nn.LeakyReLU(0.2),
-                norm(width), nn.Linear(width, width // 4), nn.LeakyReLU(0.2),
-                norm(width // 4), nn.Linear(width // 4, 1),
-            ) for _ in range(L)
-        )  # fmt: skip
+        each = [[x.t() for size in sizes for x in torch.nn.Linear(*size).parameters()] for _ in range(L)]
+    stacked = [torch.stack(xs).detach() for xs in zip(*each)]
+    return [torch.nn.Parameter((x if x.ndim > 2 else x[:, None]).to(device)) for x in stacked]
 
 
 def make_state(optimizer):
@@ -224,8 +232,8 @@ def adv_probes(
     own = ()  # what the probes add to the state
     if match is not None:
         layers, D = len(decoder_layers(model)), model.get_input_embeddings().weight.shape[1]
-        probes = make_probes(layers, D, probe_width, seed).to(model.device)
-        probe_opt = torch.optim.RMSprop(probes.parameters(), lr=probe_lr)
+        probes = make_probes(layers, D, probe_width, seed, model.device)
+        probe_opt = torch.optim.RMSprop(probes, lr=probe_lr)
         own = make_state(probe_opt)
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         end.requires_grad_(not freeze)
@@ -235,18 +243,23 @@ def adv_probes(
         ids, mask = forget[i - 1]
         H_f = residual_streams(model, ids)
         if match is not None:
-            share = mask[:, 1:].sum() / summed(mask[:, 1:].sum())
+            real = mask[:, 1:].flatten()
+            share = real.sum() / summed(real.sum())
             with torch.no_grad():
-                H_m = residual_streams(model, match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0))
-            probes.requires_grad_(True)
+                ids_m = match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0)
+                x_m, x_f = points(residual_streams(model, ids_m)), points(H_f)
             for _ in range(probe_steps):
-                probe_step(probes, probe_opt, H_m, [h.detach() for h in H_f], mask, share)  # D ← ascend
-            probes.requires_grad_(False)
-            loss_f = share * torch.stack([score_gap(*layer, mask) for layer in zip(probes, H_m, H_f)]).mean()
+                probe_step(probes, probe_opt, x_m, x_f, real, share)  # D ← ascend
+            x_f = None
+            gaps = [  # one layer's activations at a time
+                score_gap([p.detach()[l] for p in probes], x_m[l], points(H_f[l]), real)
+                for l in (slice(l, l + 1) for l in range(layers))
+            ]
+            loss_f = share * torch.cat(gaps).mean()
         else:
             loss_f = swd_loss(H_f, mask, seed, "swd", i)
         (weight * loss_f).backward()
-        H_f, H_m, norms = None, None, [sample_norm(gradient_sample(model))]
+        H_f, x_m, gaps, norms = None, None, None, [sample_norm(gradient_sample(model))]
         loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
         check_finite(i, loss_f, loss_r)  # .grad = ∇(weight · distance + L(θ; x_r))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "adv_probes", i)  # θ ← AdamW(θ, .grad)

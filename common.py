@@ -236,8 +236,8 @@ class Run:
         self.state.mkdir(parents=True, exist_ok=True)
         if not rank() and not lock(self.state / "lock"):
             fail(f"--out {self.out}: another process is writing there; choose another --out")
-        whole_saves = self.state.glob("*/.metadata")  # written last; one that is being deleted may have it, too
-        last = max(whole_saves, key=lambda file: file.stat().st_mtime, default=None)
+        marks = self.state.glob("*/.metadata")  # which is written last; half-deleted saves may have it
+        last = max(marks, key=lambda file: file.stat().st_mtime, default=None)
         self.saved = last and last.parent
         barrier()
         if not rank():

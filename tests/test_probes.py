@@ -38,28 +38,43 @@ def test_swd_loss_is_small_on_noise_and_large_on_a_point():
 
 
 def gaussians(shift, seed):
+    """Points of one layer, as of 64 texts of 9 tokens."""
     h_m, h_f = torch.randn(2, 64, 9, 16, generator=torch.Generator().manual_seed(seed))
-    return h_m, h_f + shift * torch.tensor([0.25, -0.25] * 8)  # along equal numbers a layer norm sees nothing
+    h_f = h_f + shift * torch.tensor([0.25, -0.25] * 8)  # along equal numbers a layer norm sees nothing
+    return P.points([h_m]), P.points([h_f])
 
 
 def test_a_probe_separates_shifted_gaussians_but_not_identical_ones():
-    gaps, mask = {}, torch.ones(64, 9) > 0
+    gaps, mask = {}, torch.ones(64 * 8) > 0
     for shift in (0, 3):
-        probes = P.make_probes(1, 16, 64, seed=0)
-        optimizer = torch.optim.RMSprop(probes.parameters(), lr=1e-3)
+        probes = P.make_probes(1, 16, 64, seed=0, device="cpu")
+        optimizer = torch.optim.RMSprop(probes, lr=1e-3)
         for i in range(60):
-            h_m, h_f = gaussians(shift, seed=i)
-            P.probe_step(probes, optimizer, [h_m], [h_f], mask, 1)
-        gaps[shift] = P.score_gap(probes[0], *gaussians(shift, seed=1000), mask).item()
-        assert all(p.abs().max() <= 0.1 for p in probes.parameters() if p.ndim > 1)  # clipped
+            P.probe_step(probes, optimizer, *gaussians(shift, seed=i), mask, 1)
+        gaps[shift] = P.score_gap(probes, *gaussians(shift, seed=1000), mask).item()
+        assert all(W.abs().max() <= 0.1 for W in probes[::2])  # clipped
     assert gaps[3] > 0.2 and abs(gaps[0]) < gaps[3] / 10
 
 
-def test_score_gap_leaves_bos_and_pads_out():
-    probe = torch.nn.Linear(16, 1)
-    h_m, h_f = gaussians(1, 0)
-    expected = (probe(h_m) - probe(h_f))[:, 1:7].mean()
-    torch.testing.assert_close(P.score_gap(probe, h_m, h_f, (torch.arange(9) < 7).expand(64, 9)), expected)
+def probe_by_modules(W_1, b_1, W_2, b_2, W_3, b_3):
+    """One probe as torch's own modules."""
+    nn, modules = torch.nn, []
+    for W, b in (W_1, b_1), (W_2, b_2), (W_3, b_3):
+        linear = nn.Linear(*W.shape)
+        linear.weight.data, linear.bias.data = W.T, b[0]
+        modules += [nn.LayerNorm(W.shape[0], elementwise_affine=False), linear, nn.LeakyReLU(0.2)]
+    return nn.Sequential(*modules[:-1])
+
+
+def test_score_gap_is_of_each_layer_and_leaves_bos_and_pads_out():
+    probes = P.make_probes(3, 16, 64, seed=0, device="cpu")
+    h = torch.randn(2, 3, 64, 9, 16, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(1, 9) < 7).repeat(64)
+    found = P.score_gap(probes, P.points(h[0]), P.points(h[1]), mask)
+    for l in range(3):
+        probe = probe_by_modules(*(p.data[l] for p in probes))
+        expected = (probe(h[0, l]) - probe(h[1, l]))[:, 1:7].mean()
+        torch.testing.assert_close(found[l], expected)
 
 
 @pytest.mark.parametrize("kind", ["idk", "rand"])

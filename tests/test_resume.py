@@ -3,6 +3,7 @@ there in between is never taken for a checkpoint."""
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(tmp_path, capsys, case):
     call(script, *SHORT, *flags, "--out", whole)
     cut_off(script, *SAVES, *flags, "--out", cut, at=at, phase=phase)
     assert not (cut / "args.json").exists() and not (cut / "config.json").exists()
+    (cut / "state/step-0").mkdir()  # the save before, of which a kill has left the mark alone
+    (cut / "state/step-0/.metadata").touch()
+    os.utime(cut / "state/step-0/.metadata", (0, 0))
     capsys.readouterr()
     call(script, *SHORT, *flags, "--out", cut)
     before = "random_mapping 2 of 2" if case == "rmat, between" else f"{phase or 'step'} {at - 1} of"
