@@ -118,8 +118,8 @@ def miniature(folder):
 def real(flags, folder):
     """Random Mapping on a real model, and its attack: the row of Table 1, percent."""
     command = [sys.executable, ROOT / "tests/real/rows.py", *flags.split(), "--out", folder]
-    subprocess.run([*command, "--only", "random_mapping"], check=True)
-    return read_json(f"{folder}/random_mapping/recovered/scores.json")
+    subprocess.run([*command, "--only", "random_mapping", "--attackers", "paper"], check=True)
+    return read_json(f"{folder}/random_mapping/sweep/paper/scores.json")
 
 
 def killed(folder):
@@ -139,6 +139,8 @@ def main(args):
 
     def write(figure, work, *more):
         """Measures a figure, prints and writes it."""
+        if args.only and figure not in args.only:
+            return
         try:
             values = {"error": "no time"} if time.time() - START > 60 * args.minutes else work(*more)
         except (Exception, SystemExit) as error:  # memory, a kernel: the other figures are still wanted
@@ -160,8 +162,8 @@ def main(args):
     write("evaluate_mmlu", scoring, model)
     with tempfile.TemporaryDirectory() as folder:
         write("miniature", miniature, folder)
-        write("killed run", killed, folder)
-        write("real model", real, args.real, f"{folder}/real") if args.real else None
+        write("killed_run", killed, folder)
+        write("real_model", real, args.real, f"{folder}/real") if args.real else None
     for name in [*METHODS][2:]:
         write(name, measure, name, model, args)
     print("\n".join(["", *missed, f"wrote {args.out}"]))
@@ -173,6 +175,7 @@ if __name__ == "__main__":
     add("--predict", action="store_true", help="only make the predictions")
     add("--cpu", action="store_true", help="rehearsal on a tiny config, without a GPU")
     add("--real", help="flags of tests/real/rows.py, in quotes: a real model's row too")
+    add("--only", nargs="+", help="these figures: methods, evaluate_mmlu, miniature, killed_run, real_model")
     add("--minutes", type=float, default=9.0, help="after these no further figure is begun")
     add("--predicted", default="bench_gpu.predicted.json", help="file of the predictions")
     add("--out", default="bench_gpu.jsonl", help="file that the figures are added to")

@@ -11,8 +11,8 @@ Made of them, in OUT/data: chunks.jsonl, pieces of at most 1,200 characters; mml
 biology question (--every) and so many of each other subject (--others); recovery.jsonl, the pairs, and
 questions of biological subjects of MMLU's validation split, which are never scored, eight times each.
 
-The README's rows: --every 2 --others 30 --only random_mapping rmat.
-The steps are few, for two CPU cores and 24 GB (with 12 GB of swap); --full: the scripts' defaults, for a GPU.
+Each row is a method, and a sweep of --attackers against it. The steps are a GPU's, ten minutes for all rows;
+--few: for two CPU cores and 24 GB (with 12 GB of swap), an hour for each of random_mapping and rmat.
 """
 
 import argparse
@@ -34,15 +34,25 @@ NEAR = (
     "medical_genetics", "nutrition", "virology",
 )  # fmt: skip
 FEW = "--batch 8 --tokens 128"
-ROWS = {  # directory: script and flags, the flags of few steps, the directory that it starts from
-    "random_mapping": ("random_mapping.py", f"--lr 4e-5 --steps 36 --warmup 4 {FEW}", None),
-    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", f"--N 4 {FEW} --batch 4", "random_mapping"),
-    "overwriting": ("baselines.py --method overwriting", f"--steps 40 --rounds 2 {FEW}", None),
-    "min_posterior": ("baselines.py --method min_posterior", f"--steps 40 {FEW}", None),
-    "rmu": ("baselines.py --method rmu", f"--steps 40 {FEW}", None),
+ROWS = {  # directory: script and flags, on a GPU, with --few, the directory that it starts from
+    "base": ("", "", "", None),
+    "random_mapping": ("random_mapping.py", "--steps 36", f"--steps 36 {FEW}", None),
+    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", "--N 60", f"--N 4 {FEW} --batch 4", "random_mapping"),
+    "overwriting": (
+        "baselines.py --method overwriting --lr 4e-5",
+        "--steps 240",
+        f"--steps 40 --rounds 2 {FEW}",
+        None,
+    ),
+    "min_posterior": (
+        "baselines.py --method min_posterior --lr 2e-5",
+        "--steps 100",
+        f"--steps 40 {FEW}",
+        None,
+    ),
+    "rmu": ("baselines.py --method rmu --lr 5e-5 --steer 100", "--steps 150", f"--steps 40 {FEW}", None),
 }
-ATTACK = f"--steps 16 {FEW}"
-SWEEP = "--sweep --only paper mix_3x sgd_mix"
+ATTACK, ATTACK_FEW = "--steps 100 --batch 8 --eval-every 1000", f"--steps 16 {FEW}"
 
 
 def write(path, rows):
@@ -88,11 +98,12 @@ def main(args):
     if not (data / "recovery.jsonl").exists():
         prepare(args, data)
     corpus = ["--data", data / "chunks.jsonl", "--dtype", args.dtype]
+    corpus += [] if args.few else ["--save-every", 0]  # a GPU trains for less than that
     attack = ["--base", args.model, "--recovery", data / "recovery.jsonl", *corpus, "--mmlu", data / "mmlu"]
-    attack += [] if args.full else ATTACK.split()
+    attack += ["--sweep", "--only", *args.attackers, *(ATTACK_FEW if args.few else ATTACK).split()]
 
     def run(name, script, *flags):
-        """A script, unless its log ends in "done"; it continues where it was cut off."""
+        """A script, unless its log ends in "done"; it goes on where it was cut off."""
         log = out / f"{name}.log"
         if not log.exists() or not log.read_text().endswith("done\n"):
             print(script, *flags, f"> {log}", flush=True)
@@ -101,14 +112,14 @@ def main(args):
                 subprocess.run(command, stdout=f, stderr=f, check=True)
                 f.write("done\n")
 
-    run("base", "evaluate_mmlu.py", "--ckpt", args.model, "--mmlu", data / "mmlu", "--dtype", args.dtype)
     for name in args.only or ROWS:
-        (script, *flags), few, start = ROWS[name][0].split(), ROWS[name][1].split(), ROWS[name][2]
-        flags += ["--model", out / start if start else args.model, *corpus, *(() if args.full else few)]
-        run(name, script, *flags, "--out", out / name)
-        run(f"{name}_recovered", "recover.py", "--ckpt", out / name, *attack)
-        if args.sweep:
-            run(f"{name}_swept", "recover.py", "--ckpt", out / name, *attack, *SWEEP.split())
+        method, many, few, start = ROWS[name]
+        script, *flags = f"{method} {few if args.few else many}".split() or [""]
+        if script:
+            flags += ["--model", out / start if start else args.model, *corpus, "--out", out / name]
+            run(name, script, *flags)
+        ckpt = ["--ckpt", out / name] if script else ["--ckpt", args.model, "--out", out / name]
+        run(f"{name}_attacked", "recover.py", *ckpt, *attack)
     subprocess.run([sys.executable, ROOT / "evaluate_mmlu.py", "--table", out], check=True)
 
 
@@ -122,6 +133,6 @@ if __name__ == "__main__":
     form.add_argument("--others", type=int, default=40, help="questions of each other subject (default: 40)")
     form.add_argument("--only", nargs="+", choices=[*ROWS], help="rows (default: all)")
     form.add_argument("--dtype", default="bfloat16")
-    form.add_argument("--full", action="store_true", help="the scripts' own steps and batches")
-    form.add_argument("--sweep", action="store_true", help="attack with mix_3x and sgd_mix as well")
+    form.add_argument("--few", action="store_true", help="few steps of small batches, for a CPU")
+    form.add_argument("--attackers", nargs="+", default=["paper", "mix_3x", "sgd_mix"], help="of recover.py")
     main(form.parse_args())
