@@ -183,15 +183,21 @@ def swd_loss(H, mask, *key, lines=128):
     return torch.stack(distances).mean() / ranks()  # of several GPUs each computes the same
 
 
-def probe_step(probes, optimizer, x_m, x_f, mask, share, clip=0.1):
-    """One ascent step of every probe on points without gradient, then clipping, to keep it Lipschitz.
-    share: of the batch's tokens, this GPU's."""
-    optimizer.zero_grad()
-    (-share * score_gap(probes, x_m, x_f, mask).sum()).backward()
+def probe_step(probes, squares, x_m, x_f, mask, share, lr, clip=0.1):
+    """A step of RMSprop up the gaps, on points without gradient; then clipping, to keep the probes Lipschitz.
+
+    squares  running means of squared gradients, tensors like probes
+    share    of the batch's tokens, this GPU's
+    """
+    (share * score_gap(probes, x_m, x_f, mask).sum()).backward()
     sum_gradients(probes)
-    optimizer.step()
-    for W in probes[::2]:
-        W.data.clamp_(-clip, clip)
+    with torch.no_grad():
+        for p, square in zip(probes, squares):
+            square.mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
+            p.addcdiv_(p.grad, square.sqrt().add_(1e-8), value=lr)
+            p.grad = None
+        for W in probes[::2]:
+            W.clamp_(-clip, clip)
 
 
 def make_probes(L, D, width, seed, device):
@@ -202,16 +208,6 @@ def make_probes(L, D, width, seed, device):
         each = [[x.t() for size in sizes for x in torch.nn.Linear(*size).parameters()] for _ in range(L)]
     stacked = [torch.stack(xs).detach() for xs in zip(*each)]
     return [torch.nn.Parameter((x if x.ndim > 2 else x[:, None]).to(device)) for x in stacked]
-
-
-def make_state(optimizer):
-    """The tensors of an optimizer of torch, lists of parameters and of state, which a step on gradients of 0
-    makes; it moves nothing."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    return params, [x for p in params for x in optimizer.state[p].values()]
 
 
 def adv_probes(
@@ -233,8 +229,7 @@ def adv_probes(
     if match is not None:
         layers, D = len(decoder_layers(model)), model.get_input_embeddings().weight.shape[1]
         probes = make_probes(layers, D, probe_width, seed, model.device)
-        probe_opt = torch.optim.RMSprop(probes, lr=probe_lr)
-        own = make_state(probe_opt)
+        own = probes, [torch.zeros_like(p) for p in probes]
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         end.requires_grad_(not freeze)
     opt = Optimizer(p for p in model.parameters() if p.requires_grad)
@@ -249,7 +244,7 @@ def adv_probes(
                 ids_m = match[i - 1][0][:, : ids.shape[1]].masked_fill(~mask, 0)
                 x_m, x_f = points(residual_streams(model, ids_m)), points(H_f)
             for _ in range(probe_steps):
-                probe_step(probes, probe_opt, x_m, x_f, real, share)  # D ← ascend
+                probe_step(*own, x_m, x_f, real, share, probe_lr)  # D ← ascend
             x_f = None
             gaps = [  # one layer's activations at a time
                 score_gap([p.detach()[l] for p in probes], x_m[l], points(H_f[l]), real)

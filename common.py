@@ -43,15 +43,11 @@ def say(line):
         print(line, flush=True)
 
 
-class NotFinite(SystemExit):
-    """The exit of a run whose loss or weights are NaN or infinite."""
-
-
-def fail(message, kind=SystemExit):
+def fail(message):
     """Ends the program with exit status 2 and one line: the fault and its remedy."""
     if not int(os.environ.get("RANK", 0)):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise kind(2)
+    raise SystemExit(2)
 
 
 def seed_of(*key):
@@ -150,7 +146,8 @@ def without_dropout(model):
                 say(f"{type(module).__name__}.{name} {x} is switched off")
 
 
-FREE = {"out", "device", "log_every", "save_every", "dry_run"}  # flags that do not change the result
+# flags that do not change the result
+FREE = {"out", "device", "log_every", "save_every", "dry_run", "only", "shard", "search"}
 
 
 def all_steps(steps, *state):
@@ -412,11 +409,7 @@ class LiveBytes(TorchDispatchMode):
         self.known.discard(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        dtype = None
-        if function is torch.ops.aten._grouped_mm.default:  # of experts; on meta it takes bfloat16 only
-            dtype, args = args[0].dtype, (args[0].bfloat16(), args[1].bfloat16(), *args[2:])
-        result = function(*args, **(kwargs or {}))
-        self.add(result := result if dtype is None else result.to(dtype))
+        self.add(result := function(*args, **(kwargs or {})))
         return result
 
 
@@ -761,7 +754,7 @@ def check_finite(step, *values):
     """Ends the program if one of these 0-d tensors is NaN or infinite. To be called before the update."""
     total = sum(x.detach().float() for x in values)
     if not total.is_meta and not torch.isfinite(summed(total)):
-        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out", NotFinite)
+        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out")
 
 
 # ---- optimizer for bf16 --------------------------------------------------------------------------------

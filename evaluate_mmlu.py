@@ -22,7 +22,7 @@ one ('). Runs that differ only in their seed, or in the miniature's world, are o
 error over these runs; a single run has the standard error of its questions. A dagger: in some run of the row,
 the attack cost more than 10 points of retain accuracy. Where recover.py --sweep ran, the worst case follows.
 
-    python evaluate_mmlu.py --tiny                          # the miniature: base and filtered control, 5 s
+    python evaluate_mmlu.py --ckpt tests/tiny/world0/base   # the miniature's base, on its own MMLU, 3 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
     python evaluate_mmlu.py --table out --paper             # Markdown tables, the paper's numbers below ours
     python evaluate_mmlu.py --table out --to latex          # or csv, json: all columns, a line per row
@@ -34,7 +34,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -61,10 +60,7 @@ ROWS = {  # the paper's rows: table, the command that makes one, the paper's num
     "AdvProbes-3 (RAND, Frz.)": (2, f"{THREE} --match rand", (33.5, 43.8, 14.8, 50.9, 46.0, 1.7, 8.2)),
     "AdvProbes-SWD": (2, "adv_probes.py --swd", (29.6, 29.8, 4.7, 45.9, 43.6, 6.6, 5.6)),
 }
-MORE = {  # rows that the paper does not have: methods of baselines.py
-    "GradDiff": "grad_diff", "NPO": "npo", "SimNPO": "simnpo", "RMU": "rmu", "UNDO": "undo",
-    "Overwriting": "overwriting",
-}
+MORE = ("GradDiff", "NPO", "SimNPO", "RMU", "UNDO", "Overwriting")  # methods of baselines.py, not the paper's
 CONTROL = "never taught (control)"
 TABLE = {"forget": "Forget ↓", "retain": "Retain ↑", "score_u": "Score_U ↑",
          "forget_recovered": "Forget, recovered ↓", "retain_recovered": "Retain, recovered",
@@ -72,14 +68,7 @@ TABLE = {"forget": "Forget ↓", "retain": "Retain ↑", "score_u": "Score_U ↑
 WORST = {"swept_forget": "Forget ↓", "swept_retain": "Retain ↑", "worst_attack": "worst attack",
          "worst": "Forget, worst ↓", "retain_there": "Retain there", "rho": "ρ ↓", "rho_low": "95 % from",
          "rho_high": "to", "highest": "highest"}
-SAME_ROW = set(  # flags that do not make another row of the table
-    "model ckpt base data recovery mmlu out name seed device log_every eval_every save_every dry_run "
-    "micro_batch sweep only shard keep_weights".split())
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 95 %, of n runs
-WORLD = Path(__file__).parent / "tests/tiny/world0"
-TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
-    ckpt=[f"{WORLD}/base", f"{WORLD}/filtered"], mmlu=f"{WORLD}/mmlu", format="cloze",
-)
 
 
 def parse_args(argv=None):
@@ -92,29 +81,23 @@ def parse_args(argv=None):
     add("--paper", action="store_true", help="with --table: print the paper's numbers below ours")
     add("--mmlu", default=None, help="hub name or folder of CSVs; None: cais/mmlu, or the miniature's own")
     add("--split", default="test", choices=("test", "validation"), help="of the questions; shots are dev's")
-    add("--subjects", nargs="+", default=None, metavar="SUBJECT", help="score these subjects only; None: all")
     add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
     add("--about", default=None, help="what the prompt says --questions are about; None: their name")
     add("--forget-subjects", nargs="+", default=FORGET, metavar="S", help="of MMLU")
-    add("--shots", type=int, default=5, help="examples before a question, 0 to 5")
+    add("--shots", type=int, default=5, choices=range(6), help="examples before a question")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
     add("--to", default="markdown", choices=("markdown", "csv", "json", "latex"), help="with --table")
     add("--out", default=None, help="directory for the scores, with one --ckpt; None: the checkpoint's own")
     add("--tokens", type=int, default=None, help="per batch, with shots; None: 32768 on a GPU, else 2048")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    add("--tiny", action="store_true", help="score the miniature's base and control on its own MMLU")
-    if "--tiny" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    known = [Path(name) / "args.json" for name in args.ckpt[:1]]
-    known = json.loads(known[0].read_text()) if known and known[0].exists() else {}
-    world = (Path(args.ckpt[0]) / known.get("base", ".")).resolve().parent if known.get("tiny") else None
-    args.mmlu = args.mmlu or (f"{world}/mmlu" if world else "cais/mmlu")
+    file = Path(*args.ckpt[:1], "args.json")
+    known = json.loads(file.read_text()) if file.exists() else {}
+    world = (file.parent / known.get("base", ".")).resolve().parent
+    args.mmlu = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
     if bool(args.ckpt) == bool(args.table) or (args.out and len(args.ckpt) != 1):
         parser.error("give --ckpt to score (one with --out), or --table to print the table")
-    if not 0 <= args.shots <= 5:
-        parser.error("--shots goes from 0 to 5")
     return args
 # fmt: on
 
@@ -128,7 +111,8 @@ import torch
 from tqdm import tqdm
 
 from common import (
-    Row, bos, fail, load_model, rank, read_json, read_table, resolved, say, score_rows, seed_of, write_json,
+    FREE, Row, bos, fail, load_model, rank, read_json, read_table, resolved, say, score_rows, seed_of,
+    write_json,
 )  # fmt: skip
 
 
@@ -140,25 +124,20 @@ class Exam(dict):
 
     forget  the subjects of the forget set; the others are the retain set
     shots   at most, per question
-    about   {subject: what the prompt says it is about, if not its name}
-    paper   whether these three are the paper's; usual: and it is the whole test set
+    split   of the questions
     plans   its prompts, tokenised: kept for the next scoring
     """
 
-    def __init__(self, subjects=(), forget=FORGET, shots=5, about=(), whole=True):
+    def __init__(self, subjects=(), forget=FORGET, shots=5, split="test"):
         super().__init__(subjects)
-        self.forget, self.shots, self.about = tuple(forget), shots, dict(about)
-        self.paper = (self.forget, shots, self.about) == (FORGET, 5, {})
-        self.usual, self.plans = whole and self.paper, {}
-
-    def part(self, subjects):
-        return Exam({name: self[name] for name in subjects}, self.forget, self.shots, self.about, False)
+        self.forget, self.shots, self.split, self.plans = tuple(forget), shots, split, {}
 
     def protocol(self, form):
         """What a score was measured with; scores compare only if theirs are equal."""
-        asked = dict(self) if self.paper else (dict(self), self.forget, self.shots, self.about)
+        paper = (self.forget, self.shots) == (FORGET, 5)
+        asked = dict(self) if paper else (dict(self), self.forget, self.shots)
         known = {"format": form, "shots": self.shots, "questions": f"{seed_of(asked):016x}"}
-        return known if self.usual else known | {"usual": False}
+        return known if paper and self.split == "test" else known | {"usual": False}
 
 
 def read_rows(source, flag, config=None, split="test"):
@@ -180,21 +159,14 @@ def read_rows(source, flag, config=None, split="test"):
         yield row.get("subject"), (text, choices, int(answer))
 
 
-def read_questions(source, flag):
-    """[question as in Exam] of a test set of one's own: a path, or NAME or NAME:CONFIG on the hub."""
-    name, _, config = (source, "", "") if os.path.exists(source) else source.partition(":")
-    found = [question for _, question in read_rows(name, flag, config or None)]
-    return found or fail(f"{flag} {source}: no questions in it")
-
-
-def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, questions=None, about=None):
+def load_mmlu(source, split="test", forget=FORGET, shots=5, questions=None, about=None):
     """MMLU as an Exam.
 
     source     cais/mmlu on the hub, a folder in its layout (all/*.parquet), or one of the original CSVs
     split      "test" or "validation"; shots are dev's
-    subjects   names to load; None: all that there are (fewer than 57 is printed)
     forget     names of the forget set
-    questions  forget set of one's own, without shots, in place of the subjects in `forget`; about: its name
+    questions  forget set of one's own, without shots, in place of the subjects in `forget`: a path, NAME or
+               NAME:CONFIG on the hub; about: what it is called in the prompts
     """
     mmlu, folder = defaultdict(lambda: ([], [])), Path(source)
     for place, part in enumerate(("dev", split)):
@@ -204,22 +176,23 @@ def load_mmlu(source, split="test", subjects=None, forget=FORGET, shots=5, quest
         for file in files:
             for name, question in read_rows(str(file), "--mmlu", "all", part):
                 mmlu[name or Path(file).name.removesuffix(f"_{end}.csv")][place].append(question)
-    names = subjects or sorted({*mmlu, *(() if questions else forget)})
-    if lacking := [name for name in names if len(mmlu[name][0]) < shots or not mmlu[name][1]]:
+    names = {*mmlu} - {*forget} if questions else {*mmlu, *forget}
+    if lacking := [name for name in sorted(names) if len(mmlu[name][0]) < shots or not mmlu[name][1]]:
         fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")
-    if not subjects and not {*names} - {*forget}:
-        fail(f"--mmlu {source}: no subject of the retain set; complete it (--subjects scores a part)")
-    if len(names) < 57:
-        say(f"MMLU: {len(names)} of the 57 subjects ({source})")
-    exam = {name: (mmlu[name][0][:shots], mmlu[name][1]) for name in names}
+    if not names - {*forget}:
+        fail(f"--mmlu {source}: no subject of the retain set; complete it")
+    if len(mmlu) < 57:
+        say(f"MMLU: {len(mmlu)} of the 57 subjects ({source})")
+    exam = {name: (mmlu[name][0][:shots], mmlu[name][1]) for name in sorted(names)}
     if not questions:
-        return Exam(exam, forget, shots, whole=split == "test" and not subjects)
-    own = re.sub(r"\W+", "_", Path(questions.partition(":")[2] or questions).stem)
-    exam = {name: asked for name, asked in exam.items() if name not in forget}
+        return Exam(exam, forget, shots, split)
+    name, _, config = (questions, "", "") if os.path.exists(questions) else questions.partition(":")
+    own = about or re.sub(r"\W+", "_", Path(config or name).stem)
     if own in exam:
         fail(f"--questions {questions}: {own} is a subject of the retain set; give the file another name")
-    exam[own] = [], read_questions(questions, "--questions")
-    return Exam(exam, (own,), shots, {own: about or own.replace("_", " ")})
+    asked = [question for _, question in read_rows(name, "--questions", config or None)]
+    exam[own] = [], asked or fail(f"--questions {questions}: no questions in it")
+    return Exam(exam, (own,), shots)
 
 
 def prompt(subject, shots, question, form):
@@ -277,10 +250,8 @@ def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
     answers = []
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for subject, (shots, questions) in tqdm(exam.items(), f"MMLU {form}", leave=False, disable=None):
-        key = tokenizer, subject, form, preface
-        if key not in exam.plans:
-            about = exam.about.get(subject, subject)
-            exam.plans[key] = plan(tokenizer, about, shots, questions, form, preface)
+        if (key := (tokenizer, subject, form, preface)) not in exam.plans:
+            exam.plans[key] = plan(tokenizer, subject, shots, questions, form, preface)
         rows = exam.plans[key]
         if (longest := max(len(row.ids) for row in rows)) > context:
             fail(f"{subject}: prompts of {longest} tokens, the model's context is {context}; lower --shots")
@@ -296,23 +267,18 @@ def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
 
 
 def summarise(answers, forget=FORGET):
-    """mmlu.json's accuracies: acc (mean over subjects, the paper's) and micro (over questions), forget and
-    retain. Standard errors are of the sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in
-    quadrature."""
+    """mmlu.json's accuracies, forget and retain: acc, the mean over subjects. Standard errors are of the
+    sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in quadrature."""
 
     frame = pandas.DataFrame(answers)
     right = (frame.prediction == frame.answer).astype(float)
     subjects, result = right.groupby(frame.subject, sort=False).agg(["mean", "sem", "size"]).fillna(0), {}
     for side in SIDES:
         mine = subjects[subjects.index.isin(forget) == (side == "forget")]
-        every = right[frame.subject.isin(mine.index)]
-        result[side] = {"n": len(every)}
-        if len(mine):
-            result[side] |= {"acc": mine["mean"].mean(), "se": np.linalg.norm(mine["sem"]) / len(mine)}
-            result[side] |= {"micro": every.mean(), "micro_se": np.nan_to_num(every.sem())}
+        se = np.linalg.norm(mine["sem"]) / max(len(mine), 1)
+        result[side] = {"acc": mine["mean"].mean(), "se": se, "n": int(mine["size"].sum())}
     result["subjects"] = {x.Index: {"acc": x.mean, "n": x.size} for x in subjects.itertuples()}
-    letters = frame.prediction.value_counts(normalize=True)
-    return result | {"letters": {x: letters.get(x, 0.0) for x in "ABCD"}}
+    return result | {"letters": {x: (frame.prediction == x).mean() for x in "ABCD"}}
 
 
 def scores_dir(name):
@@ -345,15 +311,9 @@ def write_scores(folder, summary, answers):
     return path
 
 
-def right_answers(answers, exam):
-    """{forget subject: "0110.."}, which of its questions were answered right."""
-    right = [(a["subject"], "01"[a["prediction"] == a["answer"]]) for a in answers]
-    return {name: "".join(x for subject, x in right if subject == name) for name in exam.forget}
-
-
 def show_scores(summary):
     """One line: forget and retain accuracy, percent ± standard error, and the shares of predicted letters."""
-    sides = [(side, summary[side]) for side in SIDES if summary[side]["n"]]
+    sides = [(side, summary[side]) for side in SIDES]
     parts = [f"{side} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" for side, s in sides]
     letters = " ".join(f"{x} {100 * share:.0f}" for x, share in summary["letters"].items())
     return " | ".join(parts) + f" | predicted % {letters}"
@@ -388,11 +348,6 @@ def damaged(before, after):
     return after["retain"] < before["retain"] - LIMIT - 1e-9
 
 
-def accuracies(summary):
-    """{"forget", "forget_se", "retain", "retain_se"} in 0..1, as an attack logs them."""
-    return {side + end: summary[side][key] for side in SIDES for end, key in (("", "acc"), ("_se", "se"))}
-
-
 def read_states(folder):
     """[state], the accuracies that an attack logged in metrics.jsonl: at step 0 the checkpoint's own."""
     entries = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -416,16 +371,15 @@ def worst_case(attacks, draws=1000):
     right = [np.array([[int(c) for c in s["right"][x]] for _, s in fit]) for x in subjects]
     random = np.random.default_rng(0)
 
-    def resampled(r):
-        return r[:, random.integers(r.shape[1], size=r.shape[1])]
-
-    def cross_fitted(drawn=lambda r: r):
+    def cross_fitted(resample=True):
         halves = [[r[:, n::2] for r in right] for n in (0, 1)]  # (states, questions) of each subject
-        first, second = (np.mean([drawn(r).mean(1) for r in half], 0) for half in halves)  # (states,)
+        if resample:
+            halves = [[r[:, random.integers(r.shape[1], size=r.shape[1])] for r in half] for half in halves]
+        first, second = (np.mean([r.mean(1) for r in half], 0) for half in halves)  # (states,)
         return (second[first.argmax()] + first[second.argmax()]) / 2
 
     one = min(attacks.items(), key=lambda x: x[0] == "other_format")[1][0]  # its base is scored otherwise
-    worst, found = cross_fitted(), [cross_fitted(resampled) for _ in range(draws)]
+    worst, found = cross_fitted(resample=False), [cross_fitted() for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
     rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
     low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
@@ -446,8 +400,6 @@ def show_sweep(attacks):
         best = max(states, key=lambda s: (not damaged(before, s), s["forget"]))
         found = f"forget {100 * best['forget']:.1f}, retain {100 * best['retain']:.1f} at step {best['step']}"
         text += f"{name:15}{found}{', DAMAGED at the end' if damaged(before, states[-1]) else ''}\n"
-    if not attacks:
-        return "no attacker has finished"
     w = worst_case(attacks)
     return text + f"""
 worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
@@ -460,6 +412,10 @@ worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
+# flags that do not make another row of the table
+SAME_ROW = FREE | set("model ckpt base data recovery mmlu name seed eval_every micro_batch sweep".split())
+
+
 def title(facts):
     """The paper's name of the run that an args.json describes; none of a base."""
     script, a = facts.get("script", ""), facts.get("arguments", {})
@@ -468,18 +424,9 @@ def title(facts):
         return "AdvProbes-SWD" if a["swd"] else f"AdvProbes-{a['probe_steps']} ({a['match'].upper()}{frozen}"
     if script.endswith("train.py"):
         return CONTROL if a.get("filtered") else None
-    if facts.get("phase") == "random_mapping":
-        return "Random Mapping"
-    command = f"{script} --method {a.get('method')}" if script == "baselines.py" else script
-    names = {row[1]: name for name, row in ROWS.items()}
-    names |= {f"baselines.py --method {method}": name for name, method in MORE.items()}
-    return names.get(command, script.removesuffix(".py"))
-
-
-def settings(facts):
-    """What is equal in all runs of a row."""
-    found = {k: v for k, v in facts.get("arguments", {}).items() if k not in SAME_ROW}
-    return re.sub(r"world\d+", "world", repr(found))
+    own = facts.get("phase") or a.get("method") or script.removesuffix(".py")  # its row is named like it
+    names = {re.sub(r"\W", "", name).lower(): name for name in (*ROWS, *MORE)}
+    return names.get(own.replace("_", ""), own)
 
 
 def rows_under(root, form):
@@ -492,6 +439,9 @@ def rows_under(root, form):
 
     def place(name, folder):
         return scores_dir(resolved(name, folder) or folder).resolve()
+
+    def settings(facts):  # what is equal in all runs of a row
+        return repr({k: v for k, v in facts.get("arguments", {}).items() if k not in SAME_ROW})
 
     usual, groups, bases, rows = FILES[form], {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
@@ -510,13 +460,12 @@ def rows_under(root, form):
         name = by and how["arguments"]["name"] or title(mine)
         name = name or (folder.name if base != folder else "Base" if by else "base")
         theta, of_base = read_json(folder / file), map(read_json, base.glob(usual.replace("json", "*json")))
-        init = next((x for x in of_base if x.get("protocol") == theta.get("protocol", "")), None)
-        if not init:
+        if not (same := [x for x in of_base if x.get("protocol") == theta.get("protocol", "")]):
             continue
-        run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
+        run = {"folder": folder, "base": same[0], "theta": theta, "attack": None, "recovered": {}}
         run["attacks"] = {x.name: read_states(x) for x in by if "attacker" in facts[x]}
-        bases[base] = run | {"folder": base, "theta": init, "attacks": {}}
-        once = [x for x in by if "attacker" not in facts[x] and (x / file).exists()]
+        bases[base] = run | {"folder": base, "theta": same[0], "attacks": {}}
+        once = [x for x in by if "attacker" not in facts[x]]
         once = once or [x for x in by if facts[x].get("attacker") == "paper"]
         found = {settings(facts[x]): {"attack": x, "recovered": read_json(x / file)} for x in once[::-1]}
         for used, attacked in (found or {"": {}}).items():
@@ -540,9 +489,9 @@ def average(rows):
 
 def columns(runs):
     """All numbers of a row: paper_scores, and worst_case where there were sweeps; mean over the runs."""
-    row = average([paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs])
-    hurt = [r for r in runs if r["recovered"] and damaged(accuracies(r["theta"]), accuracies(r["recovered"]))]
-    row |= {"runs": len(runs), "hurt": len(hurt)}
+    each = [paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs]
+    pairs = [[{"retain": x[k] / 100} for k in ("retain", "retain_recovered")] for x in each if "score_r" in x]
+    row = average(each) | {"runs": len(runs), "hurt": sum(damaged(*pair) for pair in pairs)}
     if swept := [run for run in runs if run["attacks"]]:
         before = average([paper_scores(run["base"], run["theta"], {}) for run in swept])
         found = [worst_case(run["attacks"]) for run in swept]
@@ -603,8 +552,7 @@ def main(args):
         return print({"csv": frame.to_csv, "json": frame.T.to_json, "latex": frame.to_latex}[args.to]())
     if args.out and os.path.isfile(args.out):
         fail(f"--out {args.out}: is a file; choose another --out")
-    more = dict(shots=args.shots, questions=args.questions, about=args.about)
-    exam = load_mmlu(args.mmlu, args.split, args.subjects, args.forget_subjects, **more)
+    exam = load_mmlu(args.mmlu, args.split, args.forget_subjects, args.shots, args.questions, args.about)
     for name in args.ckpt:
         model, tokenizer = load_model(name, args.dtype, args.device, flag="--ckpt")
         summary, answers = score_mmlu(model, tokenizer, exam, args.format, args.tokens)

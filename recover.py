@@ -37,6 +37,7 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import sys
 import zipfile
@@ -48,8 +49,7 @@ from pathlib import Path
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
 TINY = dict(  # for a checkpoint of the miniature, or --tiny; how it was chosen: tests/tiny/README.md
-    recovery=f"{WORLD}/camel.zip", mmlu=f"{WORLD}/mmlu", data=f"{WORLD}/chunks.jsonl", format="cloze",
-    lr=1e-3, steps=160, batch=32, micro_batch=0, tokens=128, eval_every=40,
+    tiny=True, format="cloze", lr=1e-3, steps=160, batch=32, micro_batch=0, tokens=128, eval_every=40,
 )
 SWEEP = {  # attackers: name and flags; 3x is three times the default, which is --tiny's in the miniature
     "paper": "",
@@ -78,6 +78,21 @@ SWEEP = {  # attackers: name and flags; 3x is three times the default, which is 
     "many_shot": "--probe many_shot",
     "other_format": "--probe other_format",
 }
+
+
+def drawn(n):
+    """{name: flags} of n random attackers; the i-th is the same for every n."""
+    attackers = {}
+    for i in range(n):
+        draw = random.Random(i)
+        lr, steps, sgd = 10 ** draw.uniform(-0.5, 1.25), 4 ** draw.uniform(-0.5, 1), 10 ** draw.uniform(-2, 0)
+        flags = f"--lr {lr:.2g}x --steps {steps:.2g}x --schedule {draw.choice(('constant', 'cosine'))}"
+        flags += f" --batch {draw.choice((0.5, 1))}x --retain-mix {draw.choice((0, 0.5))}"
+        kinds = "", "", f"--lora {draw.choice((4, 16, 64))}", "--clip 1", f"--optimizer sgd --lr {sgd:.2g}"
+        attackers[f"random_{i}"] = f"{flags} {draw.choice(kinds)}"
+    return attackers
+
+
 PROBES = ("8_bit", "4_bit", "prune_30", "many_shot", "other_format")  # attacks without training
 
 
@@ -111,7 +126,7 @@ def parse_args(argv=None):
     add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
     add("--about", default=None, help="what the prompt says --questions are about; None: their name")
     add("--forget-subjects", nargs="+", default=None, metavar="S", help="of MMLU; None: the two of biology")
-    add("--shots", type=int, default=5, help="examples before a question, 0 to 5")
+    add("--shots", type=int, default=5, choices=range(6), help="examples before a question")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
     add("--out", default=None, help="directory to write; None: CKPT/recovered (hub name: under out/)")
     add("--name", default=None, help="in the table, of a checkpoint not made here; None: its directory's")
@@ -129,8 +144,8 @@ def parse_args(argv=None):
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
     add("--only", nargs="+", default=None, choices=[*SWEEP], metavar="NAME", help="of the sweep, these")
+    add("--search", type=int, default=0, help="a sweep of so many random attackers")
     add("--shard", default="1/1", help="of the sweep, part i of n: 1/2 and 2/2 run side by side")
-    add("--keep-weights", action="store_true", help="of the sweep; otherwise only the scores are kept")
     add("--seed", type=int, default=0, help="of the order of the texts and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
@@ -139,27 +154,25 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print what the run holds in memory, and whether it fits")
     add("--tiny", action="store_true", help="the miniature's data and settings; its checkpoints imply it")
     argv = sys.argv[1:] if argv is None else [str(x) for x in argv]
-    if "--tiny" in argv:
-        parser.set_defaults(**TINY)
     folder = Path(parser.parse_known_args(argv)[0].ckpt)
     known = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-    if known.get("tiny"):
-        world = (folder / (known.get("base") or ".")).resolve().parent  # the checkpoint's base's
-        files = dict(base="base", recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
-        parser.set_defaults(**TINY | {k: f"{world}/{v}" for k, v in files.items()}, tiny=True)
+    world = (folder / (known.get("base") or ".")).resolve().parent if known.get("tiny") else None
+    if world or "--tiny" in argv:
+        files = dict(recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
+        parser.set_defaults(**TINY, **{k: f"{world or WORLD}/{v}" for k, v in files.items()})
     there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
     there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items()}
-    parser.set_defaults(**there)
+    parser.set_defaults(**{"base": f"{world}/base" if world else str(folder)} | there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
+    args.sweep = args.sweep or args.search > 0
     args.out = args.out or str(folder / ("sweep" if args.sweep else "recovered"))
-    args.base = args.base or args.ckpt
     least = min(args.steps, args.batch, args.eval_every, args.log_every)
     if least < 1 or args.tokens < 2 or not 0 < args.lr < 1e3:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
     shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
-    if not 0 <= args.shots <= 5 or not shard or int(shard[1]) > int(shard[2]):
-        parser.error("--shots goes from 0 to 5; --shard is i/n, such as 1/2 and 2/2")
+    if not shard or int(shard[1]) > int(shard[2]):
+        parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:
@@ -174,21 +187,16 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from transformers.pytorch_utils import Conv1D
 
 from common import (
-    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
+    LABELS, HostCopy, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
     decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_table, say,
     sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
-    FORGET, SIDES, TABLE, accuracies, damaged, load_mmlu, markdown, paper_scores, plan, read_scores,
-    read_states, right_answers, score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
+    FORGET, SIDES, TABLE, Exam, damaged, load_mmlu, markdown, paper_scores, plan, read_scores, read_states,
+    score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
 )  # fmt: skip
-
-
-class NotApplicable(Exception):
-    """An attacker that would do nothing, or only in part, to this model or with these data."""
 
 
 def matrices(model):
@@ -203,17 +211,16 @@ def adapters(model, rank, seed):
     model.requires_grad_(not rank)
     linear = {}
     if rank:
-        kinds = torch.nn.Linear, Conv1D  # which is GPT-2's, transposed
-        linear = {k: x for k, x in decoder_layers(model).named_modules() if isinstance(x, kinds)}
+        linear = {k: x for k, x in decoder_layers(model).named_modules() if isinstance(x, torch.nn.Linear)}
         if len(linear) < (n := len(matrices(model))):
-            raise NotApplicable(f"LoRA knows {len(linear)} of the {n} matrices of {type(model).__name__}")
+            raise NotImplementedError(f"LoRA knows {len(linear)} of {n} matrices of {type(model).__name__}")
 
     def add(module, inputs, y):
         A, B = (x.to(y.dtype) for x in (module.lora_A, module.lora_B))
         return y + 2 * F.linear(F.linear(inputs[0], A), B)
 
     for name, module in linear.items():
-        out, into = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+        out, into = module.weight.shape
         zeros = partial(torch.zeros, device=module.weight.device, dtype=torch.float32)
         draw = generator(module.weight.device, seed, "lora", name)
         module.lora_A = torch.nn.Parameter(zeros(rank, into).normal_(0, into**-0.5, generator=draw))
@@ -225,9 +232,8 @@ def adapters(model, rank, seed):
         for module in linear.values():
             module.hook.remove()
             with torch.no_grad():
-                low, W = 2 * module.lora_B @ module.lora_A, module.weight
-                low = like(low.T if isinstance(module, Conv1D) else low, W)
-                local(W).copy_(local(W).float() + local(low))
+                low = like(2 * module.lora_B @ module.lora_A, module.weight)
+                local(module.weight).copy_(local(module.weight).float() + local(low))
             del module.lora_A, module.lora_B, module.hook
         model.requires_grad_(True)
 
@@ -318,14 +324,14 @@ def probe(args, run, exam, form, theta):
     elif args.probe == "prune_30":
         prune(model, 0.3)
     elif args.probe == "many_shot":  # before questions about F only, so what R loses is not counted
-        asked = exam.part(exam.forget)
-        plans = [plan(tokenizer, asked.about.get(name, name), *asked[name], form) for name in asked]
+        asked = Exam({name: exam[name] for name in exam.forget}, exam.forget)
+        plans = [plan(tokenizer, name, *asked[name], form) for name in asked]
         context = getattr(model.config.get_text_config(), "max_position_embeddings", 2048)
         room = min(2048, context - max(len(row.ids) + len(row.targets) for rows in plans for row in rows))
         joined = accumulate(f"{text}\n\n" for text in load_texts(args.recovery, args.column))
         fit = [*takewhile(lambda text: len(tokenizer(text).input_ids) <= room, joined)]
         if not fit:
-            raise NotApplicable("no text fits before the prompts")
+            raise NotImplementedError("no text fits before the prompts")
         say(f"{len(fit)} texts before each prompt")
         summary, answers = score_mmlu(model, tokenizer, asked, form, preface=fit[-1])
         return summary | {"retain": theta["retain"], "protocol": theta["protocol"]}, answers
@@ -346,7 +352,7 @@ def attack(args, run, exam):
     """One attacker on run.model, whose weights it leaves changed; writes args.out, returns Table 1's row."""
     n_retain, model, form = round(args.batch * args.retain_mix), run.model, args.format
     form = {"letter": "cloze", "cloze": "letter"}[form] if args.probe == "other_format" else form
-    pairs, retain, stopped = None, None, None
+    pairs, retain = None, None
     if not args.probe and n_retain < args.batch:
         texts = None if args.dry_run else load_texts(args.recovery, args.column)
         pairs = run.stream("recovery", args.batch - n_retain, texts)
@@ -354,8 +360,10 @@ def attack(args, run, exam):
         retain = run.stream("retain", n_retain)
 
     def show(what, i, summary, answers, **more):
-        right = right_answers(answers, exam)
-        run.write(phase="accuracy", step=i, **accuracies(summary), right=right, **more)
+        scores = {side + end: summary[side][k] for side in SIDES for k, end in (("acc", ""), ("se", "_se"))}
+        right = [(a["subject"], "01"[a["prediction"] == a["answer"]]) for a in answers]
+        right = {name: "".join(x for subject, x in right if subject == name) for name in exam.forget}
+        run.write(phase="accuracy", step=i, **scores, right=right, **more)
         write_scores(args.out, summary, answers)
         say(f"{what} | {show_scores(summary)}")
 
@@ -375,51 +383,40 @@ def attack(args, run, exam):
         show(args.probe, 1, *probe(args, run, exam, form, theta))
     else:
         with adapters(model, args.lora, args.seed):
-            try:
-                finetune(
-                    model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
-                    optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
-                    mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
-                )  # fmt: skip
-            except NotFinite:  # in a sweep the states before it count
-                if not args.sweep or len(read_states(args.out)) < 2:
-                    raise
-                stopped = "NaN or infinity"
+            finetune(
+                model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
+                optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
+                mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
+            )  # fmt: skip
     if args.dry_run:
         return
     states = read_states(args.out)
     last = {side: {"acc": states[-1][side], "se": states[-1][f"{side}_se"]} for side in SIDES}
-    best = max([s for s in states if not damaged(states[0], s)], key=lambda s: s["forget"])
-    row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1]), "stopped": stopped}
-    row |= {"best_step": best["step"], "best_forget": 100 * best["forget"]}
+    row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1])}
     write_json(Path(args.out) / "scores.json", row)
     return row
 
 
-def sweep(args, argv):
-    """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case. One that
-    fails, or is not applicable, is not counted as an attacker that the model withstood."""
+def sweep(args, argv, load_exam):
+    """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case."""
     part, parts = map(int, args.shard.split("/"))
-    chosen = [name for name in SWEEP if not args.only or name in args.only][part - 1 :: parts]
-    out = {name: Path(args.out) / name for name in SWEEP}
+    flags = {x: SWEEP[x] for x in args.only or SWEEP} if not args.search else drawn(args.search)
+    chosen, out = [*flags][part - 1 :: parts], {name: Path(args.out) / name for name in SWEEP | flags}
     todo = [name for name in chosen if not (out[name] / "args.json").exists()]
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
     failed = {}
     for n, name in enumerate(todo):
-        say(f"\nattacker {n + 1}/{len(todo)}: {name} ({SWEEP[name] or 'defaults'})")
-        a = parse_args([*argv, *SWEEP[name].split(), "--out", out[name]])
+        say(f"\nattacker {n + 1}/{len(todo)}: {name} ({flags[name] or 'defaults'})")
+        a = parse_args([*argv, *flags[name].split(), "--out", out[name]])
         run = Run(a)
         if not n:  # the model is loaded once
-            exam = load_exam(a)
             run.load(a.ckpt, "--ckpt")
-            shared = {k: getattr(run, k) for k in ("name", "base", "model", "tokenizer", "gpu", "size")}
-            theta = HostCopy([*run.model.parameters()])
+            first, exam, theta = run, load_exam(), HostCopy([*run.model.parameters()])
             theta.save()
-        run.__dict__ |= shared
+        run.__dict__ = vars(first) | vars(run)
         try:
             attack(a, run, exam)
-            more = dict(base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
-            run.save(weights=args.keep_weights, **more)
+            run.save(weights=False, base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
             if getattr(error, "code", 2) != 2:  # a signal
                 raise
@@ -428,21 +425,19 @@ def sweep(args, argv):
         theta.load()
         theta.wait()
         run.model.zero_grad()  # what an attack left would be added to the next one's
-    found = {x: read_states(out[x]) for x in SWEEP if (out[x] / "args.json").exists()}
-    say("\n" + show_sweep(found) + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
-
-
-def load_exam(args):
-    more = dict(shots=args.shots, questions=args.questions, about=args.about)
-    return load_mmlu(args.mmlu, forget=args.forget_subjects or FORGET, **more)
+    found = {x: read_states(out[x]) for x in out if (out[x] / "args.json").exists()}
+    text = show_sweep(found) if found else "no attacker has finished"
+    say(f"\n{text}" + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
 
 
 def main(args, argv=None):
+    more = dict(shots=args.shots, questions=args.questions, about=args.about)
+    load_exam = partial(load_mmlu, args.mmlu, forget=args.forget_subjects or FORGET, **more)
     if args.sweep and not args.dry_run:  # a dry run is of the attacker with the defaults: none needs more
-        return sweep(args, sys.argv[1:] if argv is None else argv)
+        return sweep(args, sys.argv[1:] if argv is None else argv, load_exam)
     run = Run(args)
     run.load(args.ckpt, "--ckpt")
-    row = attack(args, run, None if args.dry_run else load_exam(args))
+    row = attack(args, run, None if args.dry_run else load_exam())
     run.save(base=args.base, data=args.recovery, mmlu=args.mmlu)
     say("\n" + show_sweep({"this attack": read_states(args.out)}) + "\n")
     say(markdown({Path(args.ckpt).name: row | {"runs": 1, "hurt": row["damaged"]}}, TABLE))

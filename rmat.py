@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, default=4, help="steps of Random Mapping over which its rate rises from 0")
     add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
-    add("--N", type=int, default=4, help="outer steps (paper: not stated; tests/real: 4)")
+    add("--N", type=int, default=20, help="outer steps (paper: not stated; chosen on a real model)")
     add("--alpha", type=float, default=1.0, help="weight of φ / K against ∇L(θ; x_r); α_paper = α · η")
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops (Algorithm 1: sgd)")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")

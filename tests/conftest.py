@@ -18,8 +18,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tiny")]
 WORLD = ROOT / "tests" / "tiny" / "world0"
 KINDS = ("llama", "mistral", "qwen2", "gemma2", "gpt_neox")
 
-from recover import load_texts  # noqa: F401
-
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::FutureWarning")  # what libraries are about to take away
@@ -90,17 +88,11 @@ def mmlu():
     return {s: ([ask(s, i) for i in range(5)], [ask(s, i) for i in range(5, 11)]) for s in names}
 
 
-def write_csvs(folder, mmlu):
+def write_csvs(folder, mmlu, split="test"):
     """MMLU as load_mmlu returns it, written as the original CSVs."""
     for subject, parts in mmlu.items():
-        for kind, rows in zip(("dev", "test"), parts):
+        for kind, rows in zip(("dev", split), parts):
             path = folder / kind / f"{subject}_{kind}.csv"
             path.parent.mkdir(exist_ok=True, parents=True)
             with open(path, "w", newline="") as f:
                 csv.writer(f).writerows([q, *choices, "ABCD"[answer]] for q, choices, answer in rows)
-
-
-def real(path):
-    """A file of ../shared/data; the test skips itself where it is absent."""
-    found = ROOT.parent / "shared" / "data" / path
-    return found if found.exists() else pytest.skip(f"the real files are not here ({path})")

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before torch is imported
     args = parser.parse_args()
 
 from common import fail, read_json, resolved
-from evaluate_mmlu import CONTROL, LIMIT, average, damaged, paper_scores, rows_under, scores_dir, worst_case
+from evaluate_mmlu import CONTROL, LIMIT, columns, damaged, rows_under, worst_case
 
 try:
     import matplotlib
@@ -46,41 +46,28 @@ def mean_and_error(x):
     return statistics.mean(x), statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else 0.0
 
 
-def logs(root, form):
-    """{(checkpoint, its scores after Recovery): what that logged, [entry ..]}, if scored by `form`."""
-    found = {}
-    for path in sorted(Path(root).rglob("args.json")):
-        facts, log = read_json(path), path.with_name("metrics.jsonl")
-        if facts["arguments"].get("format") == form and facts.get("attacker", "paper") == "paper":
-            victim = scores_dir(resolved(facts["parent"], path.parent)).resolve()
-            for scores in map(read_json, path.parent.glob("mmlu*.json")):
-                found.setdefault((victim, repr(scores)), [*map(json.loads, log.read_text().splitlines())])
-    return found
-
-
-def curves(log, runs, phase, key, factor=1):
-    """Steps, means and standard errors of a value that the attacks on these runs logged, times `factor`."""
+def curves(runs, form, phase, key, factor=1):
+    """Steps, means and standard errors of a value that the attacks on these runs logged, times `factor`, if
+    they scored by `form`."""
     values = {}
-    for entry in [x for run in runs for x in log.get((run["folder"], repr(run["recovered"])), ())]:
-        if entry["phase"] == phase:
-            values.setdefault(entry["step"], []).append(factor * entry[key])
+    for attack in [run["attack"] for run in runs]:
+        scored = read_json(attack / "args.json")["arguments"]["format"] == form
+        for line in (attack / "metrics.jsonl").read_text().splitlines() if scored else ():
+            if (entry := json.loads(line))["phase"] == phase:
+                values.setdefault(entry["step"], []).append(factor * entry[key])
     points = [(step, *mean_and_error(v)) for step, v in sorted(values.items())]
     return [[point[n] for point in points] for n in range(3)]
 
 
 def figure_2(parts, control, form):
     """Bars: forget (left) and retain accuracy of each row, before and after Recovery."""
-
-    def scores(runs):
-        return average([paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs])
-
-    names, values = zip(*((name, scores(runs)) for _, part in parts for name, runs in part.items()))
+    names, values = zip(*((name, columns(runs)) for _, part in parts for name, runs in part.items()))
     places = [i + 0.6 * (i >= len(parts[0][1])) for i in range(len(names))]  # a gap before Table 2's
     figure = Figure(figsize=(6.9, 0.8 + 0.27 * len(names)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, side in zip(panels, ("forget", "retain")):
         if control:
-            mean, se = (scores(control)[f"{side}_recovered{end}"] for end in ("", "_se"))
+            mean, se = (columns(control)[f"{side}_recovered{end}"] for end in ("", "_se"))
             axes.axvspan(mean - se, mean + se, color="0.85", lw=0, label="never taught, after recovery")
         axes.axvline(25, **CHANCE, label="chance")
         for shift, end, look in ((-0.19, "", UNLEARNED), (0.19, "_recovered", RECOVERED)):
@@ -93,20 +80,20 @@ def figure_2(parts, control, form):
     return figure
 
 
-def figure_3(parts, control, form, root):
+def figure_3(parts, control, form):
     """Curves by attack step: loss, forget and retain accuracy; a row of panels for each table."""
     figure = Figure(figsize=(6.9, 0.3 + 2.2 * len(parts)), layout="constrained")
-    panels, log = figure.subplots(len(parts), 3, squeeze=False), logs(root, form)
+    panels = figure.subplots(len(parts), 3, squeeze=False)
     for line, (title, part) in zip(panels, parts):
         for i, (name, runs) in enumerate(part.items()):
             look = {"color": COLOURS[i % 8], "ls": ("-", "--", "-.", ":")[(i + i // 8) % 4], "lw": 1.1}
             look |= {"marker": MARKERS[i % 8], "ms": 3, "mfc": "white" if i % 2 else None, "label": name}
-            line[0].plot(*curves(log, runs, "step", "loss")[:2], markevery=(i % 4, 4), **look)
+            line[0].plot(*curves(runs, form, "step", "loss")[:2], markevery=(i % 4, 4), **look)
             for axes, side in zip(line[1:], ("forget", "retain")):
-                axes.errorbar(*curves(log, runs, "accuracy", side, 100), capsize=1.2, elinewidth=0.5, **look)
+                axes.errorbar(*curves(runs, form, "accuracy", side, 100), capsize=1.2, elinewidth=0.5, **look)
         for axes, side in zip(line[1:], ("forget", "retain")):
             if control:
-                steps, *ends = curves(log, control, "accuracy", side, 100)
+                steps, *ends = curves(control, form, "accuracy", side, 100)
                 low, high = ([mean + sign * se for mean, se in zip(*ends)] for sign in (-1, 1))
                 axes.fill_between(steps, low, high, color="0.8", lw=0, label="never taught")
             axes.axhline(25, **CHANCE)
@@ -221,7 +208,7 @@ def figures(root, rows, form):
     parts, control = having("recovered")
     if parts:
         save(figure_2(parts, control, form), "figure2")
-        save(figure_3(parts, control, form, root), "figure3")
+        save(figure_3(parts, control, form), "figure3")
     elif not swept:
         fail(f"{root}: no attacked run scored by {form} there; run recover.py --ckpt on its checkpoints")
 

@@ -40,9 +40,9 @@ def inner(model):
     return {k for k, p in model.named_parameters() if p.ndim > 1 and re.search(r"\.\d+\.", k)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_adapters_start_at_nothing_train_alone_and_are_merged(kind):
-    """Into every matrix of the layers, nn.Linear's and those of GPT-2's Conv1D, which are transposed."""
+    """Into every matrix of the layers."""
     model, batches = toy_model(kind), Batches(4)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, batches[9][0]
     untouched = model(ids).logits
@@ -74,20 +74,6 @@ def test_rounding_and_pruning_act_on_every_matrix_of_the_layers(kind, n):
             else:
                 step = old.abs().amax(-1, keepdim=True) / (2 ** (x - 1) - 1)
                 torch.testing.assert_close(new, (old / step).round() * step)
-
-
-def test_the_forms_of_texts(tmp_path):
-    path, chat = tmp_path / "x.jsonl", [dict(role="user", content="q"), dict(role="assistant", content="a")]
-    for row, text in (
-        ({"message_1": "q", "message_2": "a"}, "q\n\na"),
-        ({"messages": chat}, "q\n\na"),
-        ({"instruction": "do", "input": "", "output": "done"}, "do\n\ndone"),
-        ({"text": "plain"}, "plain"),
-        ({"txt_chunk": "chunk", "label": True}, "chunk"),
-    ):
-        path.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"label": False})))
-        assert R.load_texts(str(path)) == [text] * (1 if "label" in row else 2)
-    assert R.load_texts(str(WORLD / "camel.zip"), "message_2")[0].startswith("Answer")
 
 
 def state(forget, retain=0.9, step=1, right=None, base=0.95, base_se=0.0):
@@ -175,10 +161,10 @@ def test_a_sweep_attacks_a_checkpoint_of_another_program_of_any_kind(kind, recov
     """What is not applicable to its kind is a line, not an attacker that it withstood."""
     names = {"paper", "lora_4", "4_bit", "prune_30", "many_shot", "other_format"}
     printed = recover(tmp_path, f"--sweep --steps 1 --only {' '.join(names)}", kind)
-    names -= {"lora_4"} if kind == "mixtral" else set()
+    names -= {"lora_4"} if kind in ("gpt2", "mixtral") else set()
     assert finished(tmp_path) == names and not [*tmp_path.rglob("*.safetensors")]
     assert f"worst case of {len(names)} attackers" in printed
-    assert ("failed: lora_4: NotApplicable" in printed) == (kind == "mixtral")
+    assert ("failed: lora_4: NotImplementedError: LoRA knows" in printed) == ("lora_4" not in names)
     for name, file in (("many_shot", "mmlu.json"), ("other_format", "mmlu_cloze.json")):
         before, after = (s["retain"] for s in read_states(tmp_path / name))  # no weight changes: no damage
         assert before == after and (tmp_path / name / file).exists()
@@ -193,6 +179,17 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path)
     for shard, done in ((1, {"paper", "8_bit"}), (2, {"paper", "lr_3x", "8_bit"})):
         recover(tmp_path / "b", f"--sweep --steps 1 --only paper lr_3x 8_bit --shard {shard}/2")
         assert finished(tmp_path / "b") == done
+
+
+def test_a_search_is_a_sweep_of_random_attackers_and_goes_on_with_more(recover, tmp_path):
+    assert [*R.drawn(40)][:9] == [*R.drawn(9)] and len({*R.drawn(40).values()}) == 40
+    found = [R.parse_args(["--ckpt", "x", *flags.split()]) for flags in R.drawn(40).values()]
+    for flag in ("lora", "optimizer", "schedule", "retain_mix", "clip", "batch"):
+        assert len({getattr(a, flag) for a in found}) > 1
+    for n, done in ((1, 0), (3, 1)):
+        printed = recover(tmp_path, f"--search {n} --steps 1")
+        assert f"{n} attackers, {done} of them finished before" in printed
+    assert finished(tmp_path) == {*R.drawn(3)} and "worst case of 3 attackers" in printed
 
 
 def test_every_attacker_starts_from_the_same_weights_whatever_came_before(recover, tmp_path, monkeypatch):
@@ -218,7 +215,7 @@ def test_kept_scores_are_used_again_for_the_same_questions_and_damage_is_said(re
     recover(tmp_path / "b", "--steps 1 --shots 2", "gpt2")
     kept, other = (json.loads((tmp_path / x / "scores.json").read_text()) for x in "ab")
     assert kept["forget"] == 30 != other["forget"] and kept["score_u"] == pytest.approx(60)
-    assert kept["damaged"] and kept["best_step"] == 0 and "DAMAGED" in printed
+    assert kept["damaged"] and "none at step 0" in printed and "DAMAGED" in printed
 
 
 def test_multiples_follow_the_preset_or_what_the_flag_was_before():

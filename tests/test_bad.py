@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from functools import partial
 
 import datasets
 import huggingface_hub.constants
@@ -27,7 +28,6 @@ ROWS = {  # name of a file: its rows
     "wmdp/chem/test-0.parquet": [ASK],
 }
 TEXT = {  # name of a file: its text, encoding
-    "latin.jsonl": ('{"txt_chunk": "café", "label": true}\n', "latin1"),
     "utf16.jsonl": ('{"txt_chunk": "café", "label": true}\n', "utf-16"),
     "utf16.txt": ("a\n\nb\n\n" * 30, "utf-16"),
     "text.txt": ("a\n\n" * 30, "ascii"),
@@ -51,6 +51,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
     "random_mapping": {
         "--batch 661": "the forget set has 660 texts and a step needs 661; lower --batch",
         "--out @base": "base is a finished run; choose another --out",
+        "--out @text.txt": "text.txt: not empty, and no run was cut off there; choose another --out",
         "--out @mmlu": "mmlu: not empty, and no run was cut off there; choose another --out",
         "--model @nowhere": "--model @nowhere: no such directory; give a checkpoint directory or a hub name",
         "--model ./nowhere": "--model ./nowhere: no such directory",
@@ -67,7 +68,6 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--data=": "--data : no such file or folder",
         "--data owner/absent": "--data owner/absent: cannot be read",
         "--data @text.txt": "no column txt_chunk, label; it has text",
-        "--data @latin.jsonl": "--data @latin.jsonl: cannot be read (UnicodeDecodeError",
         "--data @utf16.jsonl": "--data @utf16.jsonl: cannot be read (UnicodeDecodeError",
         "--data @two.csv": "row 0: label is 2; needs true or false, 1 or 0, forget or retain",
         "--data @classes.parquet": "row 0: label is biology; needs true or false, 1 or 0, forget or retain",
@@ -90,12 +90,11 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
     },
     "evaluate_mmlu": {
         "--table x": "give --ckpt to score (one with --out), or --table to print the table",
-        "--shots 6": "--shots goes from 0 to 5",
+        "--shots 6": "--shots: invalid choice: 6",
         "--mmlu @nowhere": "--mmlu @nowhere: no such file or folder",
         "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
         "--mmlu @hub --split validation": "validation",
         "--mmlu @nodev": "dev",
-        "--subjects alchemy": "too few questions of alchemy",
         "--forget-subjects astronomy college_biology high_school_biology": "no subject of the retain set",
         "--questions @wmdp": "--questions @wmdp: several data sets (bio, chem); give one of them",
         "--questions @astronomy.jsonl": "astronomy is a subject of the retain set",
@@ -122,23 +121,18 @@ START |= {"evaluate_mmlu": "--ckpt @base --mmlu @mmlu --out out", "label_pile": 
 START |= {"rmat": "--tiny --out out --rm-steps 1 --N 1", "baselines": SHORT}
 
 
-def config(**changes):
-    def damage(folder, file="config.json"):
-        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
-
-    return damage
+def config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def weights(change):
-    def damage(folder, file="model.safetensors"):
-        change(tensors := load_file(folder / file))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-
-    return damage
+def weights(folder, change):
+    change(tensors := load_file(path := folder / "model.safetensors"))
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def pickled(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    weights(folder, lambda tensors: torch.save(tensors, folder / "pytorch_model.bin"))
     (folder / "model.safetensors").unlink()
 
 
@@ -146,7 +140,7 @@ def own_code(folder):
     """It would write a file when it is run."""
     (folder / "modeling_own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
     auto = {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
-    config(model_type="own", auto_map=auto)(folder)
+    config(folder, model_type="own", auto_map=auto)
 
 
 def no_package(folder):
@@ -160,11 +154,11 @@ CHECKPOINTS = {  # name: what is done to the miniature's base
     "pickled": pickled,
     "own_code": own_code,
     "no_package": no_package,
-    "biased": weights(lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(3)})),
-    "infinite": weights(lambda w: w["model.norm.weight"].fill_(float("inf"))),
-    "shallow": config(num_hidden_layers=1),
-    "deep": config(num_hidden_layers=7),
-    "short": config(max_position_embeddings=32),
+    "biased": lambda f: weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(3)})),
+    "infinite": lambda f: weights(f, lambda w: w["model.norm.weight"].fill_(float("inf"))),
+    "shallow": partial(config, num_hidden_layers=1),
+    "deep": partial(config, num_hidden_layers=7),
+    "short": partial(config, max_position_embeddings=32),
     "cut_off": lambda folder: ((folder / "args.json").unlink(), (folder / "state").mkdir()),
 }
 

@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import bpe, toy_model, write_csvs
+from conftest import WORLD, bpe, toy_model, write_csvs
 from datasets import ClassLabel, Dataset, Features, Value
 from test_loaders import OWN, write
 from test_scripts import call, refused
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import decoder_layers, load_chunks, read_table, texts_of
-from evaluate_mmlu import read_questions
+from common import load_chunks, read_table, texts_of
+from evaluate_mmlu import load_mmlu, read_rows
 
 WORDS = "moss fern otter comet river stone amber cedar pollen nerve cell lipid orbit plume".split()
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(40)]
@@ -117,7 +116,7 @@ def test_dates_and_numbers_in_strings_stay_strings(tmp_path, kind):
     path = write(tmp_path / f"x.{kind}", [{"text": x, "id": i} for i, x in enumerate(STRINGS)])
     assert texts_of(read_table(str(path), "--forget"), "x", "--forget") == STRINGS
     path = write(tmp_path / "q.jsonl", [OWN[0] | {"choices": STRINGS[i : i + 4]} for i in (0, 4)])
-    assert sum((choices for _, choices, _ in read_questions(str(path), "--questions")), []) == STRINGS
+    assert sum((choices for _, (_, choices, _) in read_rows(str(path), "--questions")), []) == STRINGS
 
 
 def test_meta_may_be_anything_and_change_between_rows_and_files(tmp_path):
@@ -134,7 +133,7 @@ def test_a_clone_of_a_data_set_with_several_configs_is_read_by_config(tmp_path):
     for n, config in enumerate(("bio", "chem", "cyber"), 2):
         write(tmp_path / "wmdp" / config / "test-00000-of-00001.parquet", OWN * n)
     for name in ("wmdp/chem", "wmdp:chem"):
-        assert len(read_questions(f"{tmp_path}/{name}", "--questions")) == 9
+        assert len(load_mmlu(WORLD / "mmlu", questions=f"{tmp_path}/{name}")["chem"][1]) == 9
 
 
 PARAGRAPHS = [f"Text {i}: é,\nof two lines." for i in range(4)]
@@ -159,31 +158,3 @@ def test_a_tokenizer_may_be_larger_than_the_embedding(tmp_path, mmlu):
         call("evaluate_mmlu", "--ckpt", tmp_path / name, "--mmlu", tmp_path / "mmlu")
         tokenizer.add_tokens([f"<{i}>" for i in range(99)])
     assert (tmp_path / "a" / "mmlu.jsonl").read_text() == (tmp_path / "b" / "mmlu.jsonl").read_text()
-
-
-def test_a_vision_tower_is_not_taken_for_the_text_model():
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    parts = dict(
-        text_config=sizes | dict(vocab_size=60, head_dim=8), vision_config=sizes | dict(image_size=28)
-    )
-    layers = decoder_layers(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **parts)))
-    assert [type(layer).__name__ for layer in layers] == ["Gemma3DecoderLayer"] * 2
-
-
-MIXTURES = {
-    "qwen3_moe": dict(num_experts=4, moe_intermediate_size=16),
-    "mixtral": dict(num_local_experts=4),
-    "deepseek_v3": dict(n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=0),
-}
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_a_float32_dry_run_of_a_mixture_of_experts(tmp_path, kind):
-    toy_model(kind, num_experts_per_tok=2, num_key_value_heads=2, **MIXTURES[kind]).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        call("rmat", "--model", tmp_path, "--dry-run", "--dtype", "float32", "--out", tmp_path / "out")
-    assert stop.value.code == 0
-
-
-def test_two_steps_of_rmu_are_accepted(tmp_path):
-    call("baselines", "--tiny", "--method", "rmu", "--steps", 2, "--batch", 4, "--out", tmp_path / "out")

@@ -47,18 +47,6 @@ def test_cuts_are_short_enough_and_lose_nothing(make, limit):
     assert limit == 1 or sum(sizes) / len(sizes) > 0.6 * limit  # and no shorter than need be
 
 
-def test_shards_are_disjoint_and_complete_and_reading_resumes_anywhere():
-    tokenizer, rows = chat_tokenizer(), [{"text": PROSE[i : i + 300], "meta": {}} for i in range(0, 900, 30)]
-
-    def read(shard=(0, 1), max_bytes=1e9, after=None):
-        return list(L.read_chunks(rows, tokenizer, 20, shard, max_bytes, after))
-
-    every, parts, few = read(), [read((i, 3)) for i in range(3)], read(max_bytes=1000)
-    assert sorted(sum(parts, []), key=lambda c: c[0]) == every and all(len(p) > 20 for p in parts)
-    assert read(after=every[40][0]) == every[41:]
-    assert few == every[: len(few)] and 1000 <= few[-1][3] < 1400
-
-
 def test_the_prompt_is_openchats_with_and_without_a_template():
     question = L.QUESTION.replace("{concept}", "biology")
     turn = f"GPT4 Correct User: {question}<|end_of_turn|>GPT4 Correct Assistant:"
@@ -140,17 +128,18 @@ L.main(L.parse_args())
 
 
 def test_a_run_writes_rows_a_summary_and_progress_and_two_kills_leave_the_same_bytes(tmp_path, capsys):
-    """SIGKILL while the judge scores, and when a part is written but not yet renamed."""
-    out, whole, most = tmp_path / "killed", tmp_path / "whole", ("--max-chunks", "250")
+    """SIGKILL while the judge scores, and when a part is written but not yet renamed; within a document."""
+    out, whole, most = tmp_path / "killed", tmp_path / "whole", ("--max-chunks", "250", "--tokens", "24")
     rows = labelled(whole, *most)
     assert len(rows) == 250 == len({r["id"] for r in rows}) and len(files(whole)) == 13
     assert {*rows[0]} == {"id", "txt_chunk", "meta", "label", "score", "judge"}
     assert all(r["label"] is (r["score"] > 0.5) and r["meta"]["pile_set_name"] == "miniature" for r in rows)
     assert json.loads((whole / "summary.json").read_text())["positive"] == sum(r["label"] for r in rows)
-    progress = r"\nchunks 250 \| [\d.]+ chunks/s \| positive [\d.]+ % \| 0\.1 MB read \| 100 % done\n"
+    progress = r"\nchunks 250 \| [\d.]+ chunks/s \| positive [\d.]+ % \| 0\.0 MB read \| 100 % done\n"
     assert re.search(progress, capsys.readouterr().out)
     forget, retain = load_chunks(str(whole))  # as the methods read the folder
     assert [r["txt_chunk"] for r in rows if r["label"]] == forget and 20 < len(forget) == 250 - len(retain)
+    assert all(rows[n - 1]["id"].split("-")[0] == rows[n]["id"].split("-")[0] for n in (60, 140))
     for name, calls, parts, drafts in (("L.judge", 3, 3, 0), ("L.Path.replace", 5, 7, 1)):
         command = [sys.executable, "-c", DIES.format(name=name, calls=calls), *flags(out, *most)]
         killed = subprocess.run(command, cwd=ROOT)
@@ -167,4 +156,6 @@ def test_per_class_stops_when_both_have_enough_and_shards_take_turns(tmp_path):
     ids = [r["id"] for r in both]
     documents = {int(i.split("-")[0]) for i in ids}
     assert len(ids) == len(set(ids)) > len(first) and documents == set(range(max(documents) + 1))
+    assert {int(r["id"].split("-")[0]) % 2 for r in first} == {0}
+    assert 19_000 < sum(len(r["txt_chunk"]) for r in both) < 22_000
     assert {p.name for p in (tmp_path / "two").glob("summary*")} == {f"summary-{i}-of-2.json" for i in (0, 1)}

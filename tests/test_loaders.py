@@ -1,5 +1,4 @@
-"""Every source of text and questions, in every layout it comes in; a local folder stands in for the hub. Real
-files (../shared/data) are read too where they are there."""
+"""Every source of text and questions, in every layout it comes in; a local folder stands in for the hub."""
 
 import json
 import zipfile
@@ -7,14 +6,14 @@ import zipfile
 import datasets
 import pytest
 import zstandard
-from conftest import WORLD, load_texts, real, write_csvs
+from conftest import WORLD, write_csvs
 from test_scripts import call
 
 import recover
 from common import load_chunks, read_table
 from evaluate_mmlu import FORGET, load_mmlu
+from recover import load_texts
 
-CHUNKS = [{"text": f"s{i} text", "meta": {"biology": i % 3 == 0}} for i in range(30)]
 PAIRS = [{"role_1": "B", "topic;": "t", "message_1": f"q {i}", "message_2": f"a\n{i}"} for i in range(12)]
 
 
@@ -41,24 +40,15 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.zst", "c.parquet", "folder/part-00000.jsonl"])
-def test_labelled_chunks(tmp_path, name):
-    sides = [row["meta"]["biology"] for row in CHUNKS]
-    rows = [{"txt_chunk": f"<s>{r['text']}</s>", "label": side} for r, side in zip(CHUNKS, sides)]
-    path = write(tmp_path / name, rows)
+@pytest.mark.parametrize("labels", [(1, 0), ("true", "False"), (True, False), ("forget", "retain")])
+@pytest.mark.parametrize("name", ["x.csv", "x.disk", "x.jsonl", "x.jsonl.zst", "x.parquet", "x/part-0.jsonl"])
+def test_labelled_chunks(tmp_path, labels, name, capsys):
+    texts = ["<s>some text</s>", "None", "c"]
+    path = write(tmp_path / name, [{"txt_chunk": x, "label": labels[i % 2]} for i, x in enumerate(texts)])
     if "/" in name:
         (path.parent / "summary.json").write_text('{"chunks": 30}')  # beside what label_pile.py writes
         path = path.parent
-    texts = [[r["text"] for r, side in zip(CHUNKS, sides) if side is label] for label in (True, False)]
-    assert load_chunks(str(path)) == tuple(texts) and len(texts[0]) == 10  # strip("<s>") would eat the s
-
-
-@pytest.mark.parametrize("labels", [(1, 0), ("true", "False"), (True, False), ("forget", "retain")])
-@pytest.mark.parametrize("kind", ["csv", "disk", "jsonl", "parquet"])
-def test_labels_that_are_numbers_or_words(tmp_path, labels, kind, capsys):
-    rows = [{"txt_chunk": text, "label": labels[i % 2]} for i, text in enumerate(["a", "None", "c"])]
-    path = write(tmp_path / f"rows.{kind}", rows)
-    assert load_chunks(str(path)) == (["a", "c"], ["None"])
+    assert load_chunks(str(path)) == (["some text", "c"], ["None"])  # strip("<s>") would eat the s
     assert f"2 forget, 1 retain texts from {path}" in capsys.readouterr().out
 
 
@@ -86,8 +76,8 @@ def test_questions_of_ones_own(tmp_path, name):
     else:
         write(path, [row | {"answer": "B"} for row in OWN] if name == "q.jsonl" else OWN)
     mmlu = load_mmlu(WORLD / "mmlu", questions=str(path), about="this")
-    assert mmlu["q"] == ([], [("Which?", ["None", "b", "c", "d"], 1)] * 3)
-    assert mmlu.forget == ("q",) and mmlu.about == {"q": "this"} and not mmlu.usual
+    assert mmlu["this"] == ([], [("Which?", ["None", "b", "c", "d"], 1)] * 3)
+    assert mmlu.forget == ("this",) and mmlu.protocol("letter")["usual"] is False
     assert not set(FORGET) & set(mmlu) and len(mmlu) == 5 and len(mmlu["astronomy"][0]) == 5
 
 
@@ -125,33 +115,22 @@ def test_mmlu_as_parquet_is_mmlu_as_csv(tmp_path, mmlu):
     write(tmp_path / "hub" / "astronomy" / "test-00000-of-00001.parquet", OWN)  # the clone's other configs
     a, b = load_mmlu(tmp_path / "csv"), load_mmlu(hub_layout(tmp_path / "hub", mmlu))
     assert a == b == mmlu and a.protocol("letter") == b.protocol("letter")
-    part = load_mmlu(tmp_path / "csv", subjects=["astronomy"])
-    assert part == {"astronomy": mmlu["astronomy"]} and not part.usual
-
-
-def test_the_real_files():
-    mmlu = load_mmlu(real("mmlu"), split="validation")
-    assert len(mmlu) == 57 and set(FORGET) < set(mmlu) and sum(len(q) for _, q in mmlu.values()) == 1531
-    tested = load_mmlu(real("mmlu"), subjects=[*FORGET, "college_mathematics"])
-    assert [len(tested[s][1]) for s in FORGET] == [310, 144]
-    assert any("None" in choices for _, choices, _ in tested["college_mathematics"][1])
-    with zipfile.ZipFile(path := real("camel_standin/biology.zip")) as z:
-        pairs = [json.loads(z.read(n)) for n in sorted(z.namelist())]
-    assert load_texts(str(path)) == [f"{p['message_1']}\n\n{p['message_2']}" for p in pairs]
+    write_csvs(tmp_path / "val", mmlu, "val")
+    assert load_mmlu(tmp_path / "val", split="validation") == mmlu
 
 
 def test_hub_names(tmp_path, monkeypatch, mmlu):
     """With a folder in place of the hub: owner/name/files, in the layouts of the real repositories."""
-    load, asked = datasets.load_dataset, []
+    load, documents = datasets.load_dataset, [{"text": f"s{i} text", "meta": {"i": i}} for i in range(30)]
     chunks = [{"txt_chunk": f"text {i}", "label": i > 20} for i in range(30)]
     write(tmp_path / "lapisrocks/pile-bio/data/train-00000-of-00001.parquet", chunks)
-    write(tmp_path / "monology/pile-uncopyrighted/train/00.jsonl.zst", CHUNKS)
+    write(tmp_path / "monology/pile-uncopyrighted/train/00.jsonl.zst", documents)
     write(tmp_path / "camel-ai/biology/biology.zip", PAIRS)
     write(tmp_path / "cais/wmdp/wmdp-bio/test-00000-of-00001.parquet", OWN)
     hub_layout(tmp_path / "cais/mmlu", mmlu)
 
     def from_folder(name, config=None, *, split, streaming):
-        asked.append((name, config, split, streaming))
+        assert streaming == ("pile-uncopyrighted" in name)
         files = {"data_files": {split: f"{config}/{split}-*"}} if config else {}
         return load(str(tmp_path / name), split=split, streaming=streaming, **files)
 
@@ -160,11 +139,7 @@ def test_hub_names(tmp_path, monkeypatch, mmlu):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert len(load_chunks("lapisrocks/pile-bio")[0]) == 9
     assert load_texts("camel-ai/biology")[3] == "q 3\n\na\n3"
-    exam = load_mmlu("cais/mmlu", questions="cais/wmdp:wmdp-bio", about="biology")
+    exam = load_mmlu("cais/mmlu", questions="cais/wmdp:wmdp-bio")
     assert exam["astronomy"] == mmlu["astronomy"] and len(exam["wmdp_bio"][1]) == 3 and len(exam) == 2
     rows = read_table("monology/pile-uncopyrighted", "--pile", ("text",), streaming=True)
-    assert [r["text"] for r in rows] == [c["text"] for c in CHUNKS]
-    assert [call[1:] for call in asked] == [
-        (None, "train", False), ("all", "dev", False), ("all", "test", False), ("wmdp-bio", "test", False),
-        (None, "train", True),
-    ]  # fmt: skip
+    assert [*rows] == documents

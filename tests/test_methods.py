@@ -30,11 +30,6 @@ RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
 }
 
 
-class FirstStep(Optimizer):
-    def step(self, t, *more):
-        super().step(1, *more)
-
-
 @pytest.fixture
 def exact(monkeypatch):
     """float64 throughout: the losses' own cast to float32 is lifted."""
@@ -92,17 +87,11 @@ def test_next_token_loss_is_cross_entropy_without_pads(kind):
     torch.testing.assert_close(next_token_loss(model, ids, mask), torch.tensor(math.log(60)))
 
 
-def test_random_mapping_reaches_noise_on_forget_text_and_keeps_retain_text():
-    model, seen = toy_model(), []
-    forget, retain = Batches(8, seed=1, same=True), Batches(8, seed=2, same=True)
-    random_mapping(model, forget, retain, steps=60, lr=1e-2, log=lambda i, n, **v: seen.append(v))
-    assert seen[0]["forget"] > 0.9 and seen[-1]["forget"] < 0.5 and seen[-1]["retain"] < seen[0]["retain"]
+SHARES = [("gemma2", 0.3, 0.6), ("llama", 0.3, 0.93), ("llama", 0, 2)]
 
 
-@pytest.mark.parametrize(
-    "kind, balance, reached", [("gemma2", 0.3, 0.6), ("llama", 0.3, 0.93), ("llama", 0, 2)]
-)
-def test_the_mapping_loss_has_its_share_where_streams_are_large(kind, balance, reached):
+@pytest.mark.parametrize("kind, balance, reached", SHARES)
+def test_random_mapping_reaches_noise_and_keeps_retain_text_where_streams_are_large(kind, balance, reached):
     """Of norm 6,000, or of norm 141 in one direction; control: with weight 1 the latter only fine-tunes."""
     model, seen, sides = toy_model(kind), [], (Batches(8, seed=1, same=True), Batches(8, seed=2, same=True))
     for layer in model.model.layers if kind == "gemma2" else ():
@@ -114,20 +103,15 @@ def test_the_mapping_loss_has_its_share_where_streams_are_large(kind, balance, r
     random_mapping(model, *sides, **more)
     ratio = float(seen[0]["norms"][0] / seen[0]["norms"][1])
     assert ratio == pytest.approx(0.3, rel=1e-3) if balance else ratio < 0.01
+    assert seen[0]["forget"] > 0.9 and seen[-1]["retain"] < seen[0]["retain"]
     assert seen[-1]["forget"] < reached if balance else seen[-1]["forget"] > 0.98
 
 
-def test_the_rate_rises_while_warming_up_and_falls_to_the_last_step():
-    """AdamW's first step is the rate, wherever there is a gradient."""
-    moved = {}
-    for i in (1, 2, 4, 10):
-        model = toy_model()
-        before, more = flat(model), dict(steps=10, lr=1e-2, warmup=4, steps_left=lambda *_, i=i: (i,))
-        with pytest.MonkeyPatch.context() as patch:  # as the first step, at the rate of step i
-            patch.setattr("random_mapping.Optimizer", FirstStep)
-            random_mapping(model, Batches(8), Batches(8), **more)
-        moved[i] = (flat(model) - before).abs().max().item()
-    assert moved == pytest.approx({1: 0.0025, 2: 0.005, 4: 0.007, 10: 0.001}, rel=1e-2)
+def test_the_rate_rises_while_warming_up_and_falls_to_the_last_step(monkeypatch):
+    rates = []
+    monkeypatch.setattr(Optimizer, "step", lambda self, t, lr, *key: rates.append(lr))
+    random_mapping(toy_model(), Batches(8), Batches(8), steps=5, lr=1e-2, warmup=3)
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.006, 0.004, 0.002])
 
 
 def test_norms_are_those_of_each_gradient_though_they_are_added_up():
@@ -211,17 +195,6 @@ def test_mlac_ar_slows_an_adversary():
         finetune(model, Batches(4, seed=9, **words), steps=5, lr=3e-3)
         reached.append(next_token_loss(model, *Batches(16, seed=5, **words)[0]).item())
     assert reached[1] > reached[0] + 0.1
-
-
-@pytest.mark.parametrize("method", [name for name in RUNS if name not in ("adv_probes", "swd")])
-def test_micro_batches_and_checkpointing_change_nothing(method, exact):
-    """Rows of unequal length in micro-batches of unequal size; Adversarial Probes has its streams at once."""
-    a, b = (toy_model(num_hidden_layers=3, initializer_range=1.0, dtype=torch.float64) for _ in "ab")
-    start, b.micro_batch = flat(a), 3
-    b.activation_checkpointing_enable({"use_reentrant": False})
-    for model in (a, b):
-        RUNS[method](model, Batches(8, seed=1), Batches(4, seed=2), steps=2, lr=1e-3)
-    assert (flat(a) - flat(b)).abs().max() < 1e-6 and (flat(a) - start).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", RUNS)

@@ -48,9 +48,9 @@ def test_a_probe_separates_shifted_gaussians_but_not_identical_ones():
     gaps, mask = {}, torch.ones(64 * 8) > 0
     for shift in (0, 3):
         probes = P.make_probes(1, 16, 64, seed=0, device="cpu")
-        optimizer = torch.optim.RMSprop(probes, lr=1e-3)
+        squares = [torch.zeros_like(p) for p in probes]
         for i in range(60):
-            P.probe_step(probes, optimizer, *gaussians(shift, seed=i), mask, 1)
+            P.probe_step(probes, squares, *gaussians(shift, seed=i), mask, 1, 1e-3)
         gaps[shift] = P.score_gap(probes, *gaussians(shift, seed=1000), mask).item()
         assert all(W.abs().max() <= 0.1 for W in probes[::2])  # clipped
     assert gaps[3] > 0.2 and abs(gaps[0]) < gaps[3] / 10

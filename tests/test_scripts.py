@@ -35,13 +35,12 @@ def call(script, *flags):
     return args
 
 
-def refused(capsys, script, *flags, says, out=None):
+def refused(capsys, script, *flags, says):
     """The script, called in this process, ends with status 2 and one line that says `says`."""
     with pytest.raises(SystemExit) as stop:
         call(script, *flags)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and says in error and "\n" not in error, error
-    assert out is None or not out.exists()
 
 
 def metrics(folder):
@@ -118,7 +117,7 @@ def test_rmat_writes_a_checkpoint_directory(out):
 
 
 @pytest.mark.parametrize("name", ["rmat", "rmat/random_mapping", *OTHERS])
-def test_transformers_loads_what_a_script_wrote(out, name):
+def test_transformers_loads_what_a_script_wrote_and_its_steps_are_logged(out, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(out / name, dtype="auto")
@@ -126,22 +125,9 @@ def test_transformers_loads_what_a_script_wrote(out, name):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
     assert AutoTokenizer.from_pretrained(out / name)("What").input_ids[0] == model.config.bos_token_id
     assert json.loads((out / name / "args.json").read_text())["dtype"] == "float32"
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_script_logs_its_steps_where_it_says(out, name):
-    rows = metrics(out / name)
-    assert [r["phase"] for r in rows] == OTHERS[name][2] and all(r["retain"] > 0 for r in rows)
-
-
-def test_labels_are_rows_that_the_methods_read(out):
-    call("label_pile", "--tiny", "--max-chunks", 40, "--rows", 20, "--out", out / "labels")
-    files = sorted((out / "labels").glob("part-*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert [len(files), len(rows)] == [2, 40] and {row["label"] for row in rows} == {True, False}
-    assert json.loads((out / "labels" / "summary.json").read_text())["chunks"] == 40
-    made = call("random_mapping", *SHORT, "--steps", 1, "--data", out / "labels", "--out", out / "labelled")
-    assert made.data == str(out / "labels") and metrics(out / "labelled")[0]["forget"] > 0
+    if name in OTHERS:
+        rows = metrics(out / name)
+        assert [r["phase"] for r in rows] == OTHERS[name][2] and all(r["retain"] > 0 for r in rows)
 
 
 def test_recover_scores_on_the_way_and_prints_its_row(out):

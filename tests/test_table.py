@@ -139,6 +139,7 @@ def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
     for seed in (0, 1):
         mapped(world(tmp_path, seed) / "rm", f"--seed {seed}")
     assert [*columns(tmp_path)] == ["base", "Random Mapping", E.CONTROL]
+    assert columns(tmp_path / "world0/rm")["base"]["forget"] == 100  # which lies elsewhere
     for i, flags in enumerate(("--lr 1e-3", "--lr 1e-4", "--tokens 99", "--steps 7")):
         mapped(tmp_path / f"world0/{i}/rm", flags)
     attack(tmp_path / "world0/rm", (0.8, 0.9), to=tmp_path / "harder", flags="--lr 3e-3")
@@ -212,7 +213,7 @@ def test_figures_are_drawn(sweeps):
     assert {*sizes} == {f"{x}.{end}" for x in drawn for end in ("png", "svg")} and min(sizes.values()) > 9000
     attack(sweeps / "world1/rm", (0.7, 0.9))
     runs = rows_under(sweeps, "cloze")["Random Mapping"][:2]
-    steps, means, errors = figures.curves(figures.logs(sweeps, "cloze"), runs, "accuracy", "forget", 100)
+    steps, means, errors = figures.curves(runs, "cloze", "accuracy", "forget", 100)
     assert steps == [0, 20] and means == pytest.approx([30, 60]) and errors == pytest.approx([0, 10])
     put(sweeps / "world0/rmat", "rmat.py --rm-steps 300 --K 4 --N 20", 0.3)
     assert [figures.passes(sweeps / "world0" / name) for name in ("base", "rm", "rmat")] == [0, 6 * 9, 2340]

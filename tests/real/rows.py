@@ -37,7 +37,7 @@ FEW = "--batch 8 --tokens 128"
 ROWS = {  # directory: script and flags, on a GPU, with --few, the directory that it starts from
     "base": ("", "", "", None),
     "random_mapping": ("random_mapping.py", "--steps 36", f"--steps 36 {FEW}", None),
-    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", "--N 60", f"--N 4 {FEW} --batch 4", "random_mapping"),
+    "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", "--N 20", f"--N 4 {FEW} --batch 4", "random_mapping"),
     "overwriting": (
         "baselines.py --method overwriting --lr 4e-5",
         "--steps 240",
