@@ -30,8 +30,8 @@ host memory: 6 bytes per parameter in bf16, 40 GB for 7B.
 
 Metrics, nats per token: `retain`, L(θ; x_r); `adversary`, L(ω_{k-1}; x_f), and `heldout`, L(ω_k; x_heldout),
 means over k; `phi`, ‖α/K φ‖, and `balance`, that over ‖∇L(θ; x_r)‖. Healthy: heldout rises over the outer
-steps, far above log V (chance), and retain stays. Sick: retain rises (lr or α too large); phi is 0 (α is 0)
-or falls to nothing, and the run only fine-tunes on R. Whether the model is robust, only recover.py tells.
+steps, towards log V (chance) or above; retain rises little. Sick: retain rises (lr or α too large); phi is 0
+(α is 0) or falls to nothing, and the run only fine-tunes on R. Only recover.py tells if the model is robust.
 
     python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar
     python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar

@@ -173,6 +173,8 @@ def parse_args(argv=None):
     shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
     if not shard or int(shard[1]) > int(shard[2]):
         parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
+    if args.only and (args.search or not args.sweep):
+        parser.error("--only chooses from the list: it goes with --sweep, without --search")
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:
@@ -398,35 +400,35 @@ def attack(args, run, exam):
 
 
 def sweep(args, argv, load_exam):
-    """Runs the attackers of SWEEP that are not finished; prints what each found and the worst case."""
+    """Runs the attackers of SWEEP, or random ones, that are not finished; prints what each in the folder
+    found, and the worst case. One that fails is named and not counted; the next run tries it again."""
     part, parts = map(int, args.shard.split("/"))
-    flags = {x: SWEEP[x] for x in args.only or SWEEP} if not args.search else drawn(args.search)
-    chosen, out = [*flags][part - 1 :: parts], {name: Path(args.out) / name for name in SWEEP | flags}
-    todo = [name for name in chosen if not (out[name] / "args.json").exists()]
+    flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
+    chosen, out, first, failed = [*flags][part - 1 :: parts], Path(args.out), None, {}
+    todo = [name for name in chosen if not (out / name / "args.json").exists()]
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
-    failed = {}
-    for n, name in enumerate(todo):
-        say(f"\nattacker {n + 1}/{len(todo)}: {name} ({flags[name] or 'defaults'})")
-        a = parse_args([*argv, *flags[name].split(), "--out", out[name]])
-        run = Run(a)
-        if not n:  # the model is loaded once
-            run.load(a.ckpt, "--ckpt")
-            first, exam, theta = run, load_exam(), HostCopy([*run.model.parameters()])
-            theta.save()
-        run.__dict__ = vars(first) | vars(run)
+    for n, name in enumerate(todo, 1):
+        say(f"\nattacker {n}/{len(todo)}: {name} ({flags[name] or 'defaults'})")
         try:
+            a = parse_args([*argv, *flags[name].split(), "--out", out / name])
+            run = Run(a)
+            if first is None:  # the model is loaded once
+                run.load(a.ckpt, "--ckpt")
+                first, exam, theta = run, load_exam(), HostCopy([*run.model.parameters()])
+                theta.save()
+            run.__dict__ = vars(first) | vars(run)
             attack(a, run, exam)
             run.save(weights=False, base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
-            if getattr(error, "code", 2) != 2:  # a signal
+            if getattr(error, "code", 2) != 2 or first is None:  # a signal; no model
                 raise
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
             say(f"{name}: {failed[name]}")
         theta.load()
         theta.wait()
-        run.model.zero_grad()  # what an attack left would be added to the next one's
-    found = {x: read_states(out[x]) for x in out if (out[x] / "args.json").exists()}
-    text = show_sweep(found) if found else "no attacker has finished"
+        first.model.zero_grad()  # what an attack left would be added to the next one's
+    done = [path.parent for path in sorted(out.glob("*/args.json"), key=lambda path: path.stat().st_mtime)]
+    text = show_sweep({folder.name: read_states(folder) for folder in done}) if done else "none has finished"
     say(f"\n{text}" + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
 
 

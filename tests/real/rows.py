@@ -8,11 +8,13 @@
 --camel  question-answer pairs in the layout of camel-ai/biology's zip
 
 Made of them, in OUT/data: chunks.jsonl, pieces of at most 1,200 characters; mmlu/, dev and of test every n-th
-biology question (--every) and so many of each other subject (--others); recovery.jsonl, the pairs, and
-questions of biological subjects of MMLU's validation split, which are never scored, eight times each.
+biology question (--every) and --others of each other subject that is there (for the README: ten);
+recovery.jsonl, the pairs, and questions of biological subjects of MMLU's validation split, which are never
+scored, eight times each.
 
-Each row is a method, and a sweep of --attackers against it. The steps are a GPU's, ten minutes for all rows;
---few: for two CPU cores and 24 GB (with 12 GB of swap), an hour for each of random_mapping and rmat.
+Each row is a method, and a sweep of --attackers against it. The steps are a GPU's: with `paper` alone all
+rows took ten minutes of an H100, two or three at a time; --few: for two CPU cores and 24 GB (with 12 GB of
+swap), an hour for each of random_mapping and rmat.
 """
 
 import argparse
