@@ -385,11 +385,15 @@ def attack(args, run, exam):
         show(args.probe, 1, *probe(args, run, exam, form, theta))
     else:
         with adapters(model, args.lora, args.seed):
-            finetune(
-                model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
-                optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
-                mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
-            )  # fmt: skip
+            try:
+                finetune(
+                    model, pairs, retain, steps=args.steps, lr=args.lr, schedule=args.schedule,
+                    optimizer=args.optimizer, decay=args.weight_decay, clip=args.clip,
+                    mix=n_retain / args.batch, seed=args.seed, log=log, steps_left=run.steps_left,
+                )  # fmt: skip
+            except SystemExit as end:  # NaN: of a sweep, the states before it count
+                if end.code != 2 or not args.sweep or len(read_states(args.out)) < 2:
+                    raise
     if args.dry_run:
         return
     states = read_states(args.out)

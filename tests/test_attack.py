@@ -205,6 +205,13 @@ def test_every_attacker_starts_from_the_same_weights_whatever_came_before(recove
     assert len({*answers.values()}) > 3  # control: attackers differ
 
 
+def test_an_attacker_that_ends_in_nan_counts_by_what_it_reached_before(recover, tmp_path, monkeypatch):
+    loss, calls = R.next_token_loss, count(1)
+    monkeypatch.setattr(R, "next_token_loss", lambda *x: loss(*x) * (math.nan if next(calls) == 2 else 1))
+    assert "worst case of 1 attackers" in recover(tmp_path, "--sweep --only paper --steps 2 --eval-every 1")
+    assert [state["step"] for state in read_states(tmp_path / "paper")] == [0, 1]
+
+
 def test_kept_scores_are_used_again_for_the_same_questions_and_damage_is_said(recover, place, tmp_path):
     recover(tmp_path / "first", "--steps 1", "gpt2")
     for name, forget in (("base", 0.9), ("unlearned", 0.3)):
