@@ -412,10 +412,6 @@ worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-# flags that do not make another row of the table
-SAME_ROW = FREE | set("model ckpt base data recovery mmlu name seed eval_every micro_batch sweep".split())
-
-
 def title(facts):
     """The paper's name of the run that an args.json describes; none of a base."""
     script, a = facts.get("script", ""), facts.get("arguments", {})
@@ -440,8 +436,10 @@ def rows_under(root, form):
     def place(name, folder):
         return scores_dir(resolved(name, folder) or folder).resolve()
 
+    free = FREE | set("model ckpt base data recovery mmlu name seed eval_every micro_batch sweep".split())
+
     def settings(facts):  # what is equal in all runs of a row
-        return repr({k: v for k, v in facts.get("arguments", {}).items() if k not in SAME_ROW})
+        return repr({k: v for k, v in facts.get("arguments", {}).items() if k not in free})
 
     usual, groups, bases, rows = FILES[form], {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
