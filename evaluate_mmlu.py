@@ -436,6 +436,10 @@ def rows_under(root, form):
     def place(name, folder):
         return scores_dir(resolved(name, folder) or folder).resolve()
 
+    def scored(folder, protocol):  # its scores of these questions, whatever their file is called
+        found = map(read_json, sorted(folder.glob(usual.replace("json", "*json"))))
+        return next((x for x in found if x.get("protocol") == protocol), None)
+
     free = FREE | set("model ckpt base data recovery mmlu name seed eval_every micro_batch sweep".split())
 
     def settings(facts):  # what is equal in all runs of a row
@@ -457,12 +461,13 @@ def rows_under(root, form):
         base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
         name = by and how["arguments"]["name"] or title(mine)
         name = name or (folder.name if base != folder else "Base" if by else "base")
-        theta, of_base = read_json(folder / file), map(read_json, base.glob(usual.replace("json", "*json")))
-        if not (same := [x for x in of_base if x.get("protocol") == theta.get("protocol", "")]):
+        own = next((x for x in (read_json(attack / file) for attack in by) if x), read_json(folder / file))
+        theta, init = (scored(x, own.get("protocol", "")) for x in (folder, base))
+        if not theta or not init:
             continue
-        run = {"folder": folder, "base": same[0], "theta": theta, "attack": None, "recovered": {}}
+        run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
         run["attacks"] = {x.name: read_states(x) for x in by if "attacker" in facts[x]}
-        bases[base] = run | {"folder": base, "theta": same[0], "attacks": {}}
+        bases[base] = run | {"folder": base, "theta": init, "attacks": {}}
         once = [x for x in by if "attacker" not in facts[x]]
         once = once or [x for x in by if facts[x].get("attacker") == "paper"]
         found = {settings(facts[x]): {"attack": x, "recovered": read_json(x / file)} for x in once[::-1]}

@@ -162,7 +162,8 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     other = dict(questions="q" * 16, usual=False)
     mapped(rm, protocol=other | dict(usual=True))
     assert found() == []
-    (rm / "mmlu_cloze.json").unlink()  # scores of other questions are never overwritten
+    for folder in (rm, rm / "recovered"):  # scores of other questions are never overwritten
+        (folder / "mmlu_cloze.json").unlink()
     mapped(rm)
     for letter in "qstuvwxyz":  # scored again on other questions, and by letters
         for folder, forget in zip(folders, (0.9, 0.4, 0.7)):
@@ -179,6 +180,9 @@ def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_c
     E.write_scores(base, summary(0.6, 0.6, questions="z" * 16), [])
     mapped(rm)
     assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["base"]["forget"]["acc"] == 1.0
+    (rm / "mmlu_cloze.json").rename(rm / "mmlu_cloze.12345678.json")  # and so was the run
+    E.write_scores(rm, summary(0.7, 0.6, questions="z" * 16), [])
+    assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["theta"]["forget"]["acc"] == 0.3
 
 
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
