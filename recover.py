@@ -15,10 +15,11 @@ where the paper is silent, our choices:
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
 
 A low F' may be damage instead of robustness: where R' is more than 10 points below R, the row is marked.
-One attack is not all attacks: the flags make others, and `--sweep` runs those of SWEEP below, one after the
-other, each into CKPT/sweep/NAME; what is finished is not run again. Its result is the worst case: the
-highest forget accuracy over attackers and scored steps, among states with R' within 10 points of R, freed of
-what is chance (evaluate_mmlu.worst_case). What a never-taught control reaches in a sweep is learning.
+One attack is not all attacks: the flags make others, and `--sweep` runs those of SWEEP below (`--search N`:
+N random ones), one after the other, each into CKPT/sweep/NAME; what is finished is not run again. Its result
+is the worst case: the highest forget accuracy over the folder's attackers and their scored steps, among
+states with R' within 10 points of R, freed of what is chance (evaluate_mmlu.worst_case). One that ends in NaN
+counts by its states before. What a never-taught control reaches in a sweep is learning.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations; a
 sweep keeps θ in host memory. --lora trains and keeps moments for its own matrices only.
@@ -173,8 +174,8 @@ def parse_args(argv=None):
     shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
     if not shard or int(shard[1]) > int(shard[2]):
         parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
-    if args.only and (args.search or not args.sweep):
-        parser.error("--only chooses from the list: it goes with --sweep, without --search")
+    if args.search < 0 or args.only and args.search or not args.sweep and (args.only or args.shard != "1/1"):
+        parser.error("--only and --shard go with --sweep, --only not with --search, which starts at 0")
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
     if args.dry_run:

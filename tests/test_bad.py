@@ -83,6 +83,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--lr x": "--lr",
         "--lr nan": "0 < --lr",
         "--retain-mix 2": "--retain-mix",
+        "--only mix": "--only and --shard go with --sweep",
         "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
         "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",

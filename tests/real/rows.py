@@ -35,24 +35,14 @@ NEAR = (
     "high_school_biology", "college_biology", "anatomy", "clinical_knowledge", "college_medicine",
     "medical_genetics", "nutrition", "virology",
 )  # fmt: skip
-FEW = "--batch 8 --tokens 128"
+FEW, BASELINE = "--batch 8 --tokens 128", "baselines.py --method"
 ROWS = {  # directory: script and flags, on a GPU, with --few, the directory that it starts from
     "base": ("", "", "", None),
     "random_mapping": ("random_mapping.py", "--steps 36", f"--steps 36 {FEW}", None),
     "rmat": ("rmat.py --lr 2e-5 --K 4 --rm-steps 0", "--N 20", f"--N 4 {FEW} --batch 4", "random_mapping"),
-    "overwriting": (
-        "baselines.py --method overwriting --lr 4e-5",
-        "--steps 240",
-        f"--steps 40 --rounds 2 {FEW}",
-        None,
-    ),
-    "min_posterior": (
-        "baselines.py --method min_posterior --lr 2e-5",
-        "--steps 100",
-        f"--steps 40 {FEW}",
-        None,
-    ),
-    "rmu": ("baselines.py --method rmu --lr 5e-5 --steer 100", "--steps 150", f"--steps 40 {FEW}", None),
+    "overwriting": (f"{BASELINE} overwriting --lr 4e-5", "--steps 240", f"--steps 40 --rounds 2 {FEW}", None),
+    "min_posterior": (f"{BASELINE} min_posterior --lr 2e-5", "--steps 100", f"--steps 40 {FEW}", None),
+    "rmu": (f"{BASELINE} rmu --lr 5e-5 --steer 100", "--steps 150", f"--steps 40 {FEW}", None),
 }
 ATTACK, ATTACK_FEW = "--steps 100 --batch 8 --eval-every 1000", f"--steps 16 {FEW}"
 
