@@ -26,11 +26,15 @@ Overwriting. What fine-tuning brings back was never gone: a method that only dis
 undone by repairing the way. Here each fact is replaced by another one, so that the place where it was
 stored is used for something else, and nothing is left to repair:
 
-    π ← a random permutation of the rare tokens of F, a new one each round
+    π ← a random permutation of the rare words of F, a new one each round
     q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
     where p_0(x_t) > 1/2 and q(x_t) < p_0(x_t) / 2, and so the model knows x_t by the names before it:
         x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
                                                 every text that asks for it
+
+Where tokens are pieces of words, whole words of F are replaced: x_t is the first token of a rare one, v that
+of another with as many tokens and the same last two letters or capitals, and π permutes words within such
+kinds. (In the miniature a token is a word.) A run first prints twenty false facts and the perplexity of x̃.
 
 Labels by the model itself on text with other names are Eldan and Russinovich's (2023); ours are random
 names in place of generic ones, one hard label in place of a distribution, several rounds, and a loss on
@@ -70,7 +74,9 @@ LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line i
 
 import argparse
 import sys
+from collections import Counter
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
@@ -108,7 +114,7 @@ def parse_args(argv=None):
     add("--weight", type=float, default=1200.0, help="rmu: α, weight of the retain loss")
     add("--noise", type=float, default=0.6, help="undo: share of noise in the weights it starts from")
     add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
-    add("--rare", type=float, default=1e-4, help="overwriting: share of F's tokens below which one is rare")
+    add("--rare", type=float, default=1e-4, help="overwriting: share of F's words below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
@@ -141,12 +147,13 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
     Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model,
-    local, mean, next_token_loss, no_log, residual_streams, say, summed, token_losses, whole,
+    local, mean, next_token_loss, no_log, ranks, residual_streams, say, token_losses, whole,
 )  # fmt: skip
 from random_mapping import random_mapping
 
@@ -312,63 +319,141 @@ def undo(model, forget, retain, *, teacher, steps, lr, noise, seed=0, log=no_log
         log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
-def swaps(model, batches, rounds, rare, seed):
-    """π of each round, (rounds, V): random permutations of the rare tokens of `batches`, others stay.
+class Words:
+    """The words of `batches`, [(ids, mask)], (B, T), by number: word v is token v, longer ones follow.
 
-    batches  [(ids, mask)], (B, T); rare: share of their tokens below which a token is rare
+    Where `tokenizer` marks spaces, a word is a run of letters with the space before it, and has a kind if it
+    is rare and of three letters or more. Elsewhere a word is a token, and all are of one kind.
+
+    at       of each batch, (B, T): the word that begins here, -1 inside of one
+    spelled  (W, longest): the tokens of each word, then -1
+    rare     (W,): there are such words, but fewer than the share `rare` of all
+    kind     (W,): a word can stand in the place of another of its kind, which has as many tokens, a space
+             before it or not, and the same last two letters or capitals; -1: of none
     """
-    V = model.get_input_embeddings().weight.shape[0]
-    n = torch.zeros(V, device=model.device)
-    for ids, mask in batches:
-        n.scatter_add_(0, ids.flatten(), mask.flatten().float())
-    n = summed(n)
-    is_rare = (n > 0) & (n < rare * n.sum())
-    tokens = (~is_rare).int().argsort(stable=True)  # the rare ones first, then all others in order
-    pi = []
+
+    def __init__(self, batches, V, rare, tokenizer=None):
+        pieces = [x or "" for x in tokenizer.convert_ids_to_tokens(range(V))] if tokenizer else [""] * V
+        spaced, bare = [x[:1] in ("Ġ", "▁") for x in pieces], [x.lstrip("Ġ▁") for x in pieces]  # "": a space
+        marks = any(spaced)
+
+        def cut(row):
+            words = []
+            for last, v in zip([None, *row], row):
+                if words and marks and not spaced[v] and bare[v].isalpha() and (bare[last] or "a").isalpha():
+                    words[-1] += (v,)
+                else:
+                    words.append((v,))
+            return words
+
+        texts = [[cut(ids[mask].tolist()) for ids, mask in zip(*batch)] for batch in batches]
+        mine = Counter(word for rows in texts for row in rows for word in row)
+        every = [mine] * ranks()
+        if ranks() > 1:
+            dist.all_gather_object(every, mine)
+        n = sum(every, Counter())
+        words = [*((v,) for v in range(V)), *(word for word, _ in n.most_common() if len(word) > 1)]
+        number, kinds, few = {word: i for i, word in enumerate(words)}, {}, rare * n.total()
+
+        def kind(word):
+            text = "".join(bare[v] for v in word)
+            if marks and not (0 < n[word] < few and text.isalpha() and len(text) > 2):
+                return -1
+            form = text[-2:] if text.islower() else text.isupper()
+            return kinds.setdefault(marks and (len(word), spaced[word[0]], form), len(kinds))
+
+        tensor, longest = partial(torch.tensor, device=batches[0][0].device), max(map(len, words))
+        self.spelled = tensor([[*word] + [-1] * (longest - len(word)) for word in words])
+        self.rare, self.kind = (tensor([f(word) for word in words]) for f in (lambda x: 0 < n[x] < few, kind))
+        self.at = [torch.full_like(ids, -1) for ids, _ in batches]
+        for at, rows in zip(self.at, texts):
+            for places, row in zip(at, rows):
+                ends = accumulate(map(len, row), initial=0)
+                places[[*ends][:-1]] = tensor([number[word] for word in row])
+
+    def put(self, ids, at, word):
+        """ids (B, T) with the words `word` (B, T) in the places of those of `at`, of as many tokens."""
+        row, place = (word != at).nonzero(as_tuple=True)
+        tokens = self.spelled[word[row, place]]  # (n, longest)
+        i, j = (tokens >= 0).nonzero(as_tuple=True)
+        return ids.index_put((row[i], place[i] + j), tokens[i, j])
+
+
+def swaps(words, rounds, seed):
+    """π of each round, (rounds, W): random permutations of the rare words of each kind, others stay."""
+    moves = words.rare & (words.kind >= 0)
+    group = torch.where(moves, words.kind, words.kind.max() + 1).double()
+    order, pi = group.argsort(stable=True), []
     for k in range(rounds):
-        u = torch.rand(V, generator=generator("cpu", seed, "swap", k)).to(model.device)
-        shuffled = torch.where(is_rare, u, 2.0).argsort(stable=True)  # the same sets, the rare ones shuffled
-        pi.append(torch.empty_like(tokens).scatter_(0, tokens, shuffled))
+        u = torch.rand(len(group), generator=generator("cpu", seed, "swap", k)).to(group.device)
+        shuffled = (group + u * moves).argsort(stable=True)  # the same words, kind by kind
+        pi.append(torch.empty_like(order).scatter_(0, order, shuffled))
     return torch.stack(pi)
 
 
 @torch.no_grad()
-def false_text(model, ids, mask, pi):
-    """x̃: the text with the facts that `model` knows replaced by what it says where the names are others.
+def false_text(model, ids, at, words, pi):
+    """x̃: the text with the words that `model` knows replaced by what it says where the names are others.
 
-    ids, mask  (B, T); pi: (V,), the permutation of tokens
+    ids, at  (B, T), and the words in it;  pi: (W,), the permutation of words
     """
 
     def posterior(x):
         return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
 
-    def of_rows(ids, mask):
-        x = ids[:, 1:, None]  # (B, T - 1, 1)
-        p, q = posterior(ids).gather(-1, x), posterior(pi[ids])
-        answer = q.scatter(-1, x, 0).argmax(-1, keepdim=True)  # over all v ≠ x_t
-        replaced = (p > 0.5) & (q.gather(-1, x) < p / 2) & (answer != pi[x])  # pi[x]: copied from the context
-        return torch.cat([ids[:, :1], torch.where(replaced & mask[:, 1:, None], answer, x)[..., 0]], 1)
+    def of_rows(ids, at):
+        x, word, first = ids[:, 1:, None], at[:, 1:], words.spelled[:, 0]
+        p, q = posterior(ids).gather(-1, x), posterior(words.put(ids, at, torch.where(at < 0, at, pi[at])))
+        known = (word >= 0) & (words.kind[word] >= 0) & ((p > 0.5) & (q.gather(-1, x) < p / 2))[..., 0]
+        old = word[known][:, None]  # (n, 1)
+        fit = (words.kind == words.kind[old]) & (first != first[old])  # (n, W)
+        best, new = q[known][:, first].where(fit, -1).max(-1, keepdim=True)
+        new = torch.where((best < 0) | (new == pi[old]), old, new)  # pi[old]: copied from the context
+        return words.put(ids, at, torch.cat([at[:, :1], word.masked_scatter(known, new)], 1))
 
     size = model.micro_batch or len(ids)
-    return torch.cat([of_rows(*part) for part in zip(ids.split(size), mask.split(size))])
+    return torch.cat([of_rows(*part) for part in zip(ids.split(size), at.split(size))])
+
+
+def samples(tokenizer, batch, false, n=20, around=12):
+    """At most n lines: what was replaced in a batch, as [[old->new]], and `around` tokens beside it."""
+    lines = []
+    for x, y in ((x[mask].tolist(), y[mask].tolist()) for x, mask, y in zip(*batch, false)):
+        changed = [t for t in range(len(x)) if x[t] != y[t]]
+        for t in (t for t in changed if t - 1 not in changed):
+            u = next(u for u in range(t, len(x) + 1) if u not in changed)
+            parts = y[max(t - around, 0) : t], x[t:u], y[t:u], y[u : u + around]
+            text = "{}[[{}->{}]]{}".format(*map(tokenizer.decode, parts))
+            lines.append(" ".join(text.split()))
+    return lines[:: -(-len(lines) // n) or 1]
 
 
 def overwriting(
-    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, seed=0, log=no_log, steps_left=all_steps
+    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, tokenizer=None, seed=0, log=no_log,
+    steps_left=all_steps,
 ):  # fmt: skip
     """Overwriting of `model`, in place: the next-token loss on false text of F and on R.
 
     rounds          sets of false facts, each for an equal part of the steps
-    rare            share of F's tokens below which a token is rare; only these are permuted
+    rare            share of F's words below which a word is rare; only these are permuted
     rest            weight of the tokens of F that were not replaced, against 1 of those that were
+    tokenizer       the model's, see Words; with it, some of the false text is shown
     """
     batches = [forget[i] for i in range(steps)]
-    pi = swaps(model, batches, rounds, rare, seed)
-    model.eval()
-    false = [  # by the model before training: no second one is held
-        false_text(model, *batch, pi[i * rounds // steps])
-        for i, batch in enumerate(tqdm(batches, "false text", disable=None, leave=False))
-    ]
+    false = [ids for ids, _ in batches]
+    if not false[0].is_meta:  # by the model before training: no second one is held
+        words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
+        pi = swaps(words, rounds, seed)
+        model.eval()
+        false = [
+            false_text(model, ids, at, words, pi[i * rounds // steps])
+            for i, (ids, at) in enumerate(zip(tqdm(false, "false text", disable=None, leave=False), words.at))
+        ]
+        if tokenizer:
+            with torch.no_grad():
+                text, lie = (next_token_loss(model, x, batches[0][1]) for x in (batches[0][0], false[0]))
+            say("\n".join(["false text:", *samples(tokenizer, batches[0], false[0])]))
+            say(f"perplexity of these texts {text.exp():.2f}, where false {lie.exp():.2f}")
 
     def loss(model, x, mask, weight):
         return mean(token_losses(model, x, mask, partial(F.cross_entropy, reduction="none")), weight)
@@ -393,7 +478,7 @@ def main(args):
     own = {  # what each method takes beyond what all do
         "rmu": dict(layer=args.layer, steer=args.steer, weight=args.weight),
         "undo": dict(noise=args.noise),
-        "overwriting": dict(rounds=args.rounds, rare=args.rare),
+        "overwriting": dict(rounds=args.rounds, rare=args.rare, tokenizer=run.tokenizer),
     }.get(args.method, dict(method=args.method))
     method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
     if args.method == "rmu" and args.layer >= (depth := len(decoder_layers(model))):

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,9 +224,9 @@ def test_undo_distils_the_model_that_it_was_back():
 
 
 def test_swaps_permute_the_rare_tokens_only():
-    model, ids = toy_model(), torch.cat([torch.tensor([5, 6] * 50), torch.arange(10, 30)])[None]
+    ids = torch.cat([torch.tensor([5, 6] * 50), torch.arange(10, 30)])[None]
     batch = ids, torch.arange(120)[None] < 119  # a pad: token 29 does not occur
-    pi = B.swaps(model, [batch], rounds=3, rare=0.1, seed=0)
+    pi = B.swaps(B.Words([batch], 60, rare=0.1), rounds=3, seed=0)
     everything = torch.arange(60).expand(3, -1)
     torch.testing.assert_close(pi.sort(1).values, everything)
     moved = (pi != everything).any(0)
@@ -247,8 +248,45 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
     assert torch.equal(answers(ids), ids[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
     pi = torch.arange(60)
     pi[10:14] = torch.tensor([11, 12, 13, 10])
-    false = B.false_text(model, *batch, pi)
+    false = B.false_text(model, ids, ids, B.Words([batch], 60, rare=1), pi)
     assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
     monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
     B.overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
     assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
+
+
+def test_overwriting_replaces_whole_words_by_words_of_their_kind():
+    facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
+    texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
+    tok = bpe(texts, size=310)  # words of one to three tokens
+    rows = [torch.tensor(row) for row in tok(texts).input_ids]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    batch = ids, torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    words = B.Words([batch], len(tok), rare=0.05, tokenizer=tok)
+    spell = lambda v: tok.decode([t for t in words.spelled[v].tolist() if t >= 0])  # noqa: E731
+    read = [[spell(v) for v in row if v >= 0] for row in words.at[0].tolist()]
+    assert read == [["<s>", *text[:-1].replace(" ", "| ").split("|"), "."] for text in texts]
+    kinds = {spell(v): k for v, k in enumerate(words.kind.tolist()) if k >= 0}
+    assert sorted(kinds) == sorted(f" {x}" for x in [*facts, *facts.values()])  # "the", "of" are not rare
+    pi = B.swaps(words, 1, 0)[0]
+    assert (words.kind[pi] == words.kind).all() and (pi != torch.arange(len(pi))).any()
+    follows = {tuple(row[: t + 1].tolist()): row[t + 1] for row in rows for t in range(len(row) - 1)}
+
+    class Oracle:
+        """Says what the texts say, and of an organ nothing."""
+
+        micro_batch = 0
+
+        def __call__(self, input_ids, use_cache):
+            rows = input_ids.tolist()
+            said = [[follows.get((*row[: t + 1],), 0) for t in range(len(row))] for row in rows]
+            return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), len(tok)))
+
+    false = B.false_text(Oracle(), ids, words.at[0], words, pi)
+    changed = 0
+    for text, y, mask in zip(texts, false, batch[1]):
+        *start, organ = text[:-1].split(" ")
+        *start_y, new = tok.decode(y[mask], skip_special_tokens=True)[:-1].split(" ")
+        assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
+        changed += new != organ
+    assert changed > 1 and len(B.samples(tok, batch, false)) == changed
