@@ -30,6 +30,12 @@ from common import load_model
 NEW = ("{n} has what {r}?", "The {r} of {n} is what?")
 
 
+def seed_of_world(folder):
+    """The world that a checkpoint is of."""
+    known = json.loads((folder / "args.json").read_text())
+    return seed_of_world(folder / known["base"]) if known.get("base") else known["arguments"]["seed"]
+
+
 def questions(seed):
     """{kind: [(subject, question, value or None)]} of world `seed`."""
     facts = W.make_facts(seed)
@@ -49,9 +55,8 @@ def questions(seed):
     }
 
 
-@torch.no_grad()
-def answers(model, tokenizer, rows, seed):
-    """(p (n, V), right (n,)): distribution of the word after five shots and a question; the truth or -1."""
+def prompts(tokenizer, rows, seed):
+    """(ids (n, T), last (n,)): questions of rows, [(subject, question, ..)], after five shots; last tokens."""
     facts, rng, shots = W.make_facts(seed), np.random.default_rng([seed, 8]), {}
     for s in facts:
         known = W.triples(facts, s, slice(W.TESTED, None))
@@ -59,7 +64,13 @@ def answers(model, tokenizer, rows, seed):
         shots[s] = f"{W.header(s, 'cloze')}{W.exam([known[j] for j in some], 'cloze', rng)}\n\n"
     texts = [f"{shots[s]}Question: {question}\nAnswer:" for s, question, _ in rows]
     ids = [torch.tensor(row) for row in tokenizer(texts).input_ids]
-    x, last = pad_sequence(ids, batch_first=True), torch.tensor([len(row) - 1 for row in ids])
+    return pad_sequence(ids, batch_first=True), torch.tensor([len(row) - 1 for row in ids])
+
+
+@torch.no_grad()
+def answers(model, tokenizer, rows, seed):
+    """(p (n, V), right (n,)): distribution of the word after each prompt; the truth, -1 if there is none."""
+    x, last = prompts(tokenizer, rows, seed)
     p = torch.cat([model(part).logits[range(len(part)), at] for part, at in zip(x.split(64), last.split(64))])
     right = tokenizer.convert_tokens_to_ids([value or "" for *_, value in rows])
     unknown = torch.tensor([value is None for *_, value in rows])
@@ -80,10 +91,7 @@ def main(args):
     print("| | | right, % | false and sure, % | entropy, nats | calibration error |")
     print("|---" * 6 + "|")
     for folder in map(Path, args.checkpoints):
-        known = json.loads((folder / "args.json").read_text())
-        base = folder / known["base"] if known.get("base") else folder
-        seed = json.loads((base / "args.json").read_text())["arguments"]["seed"]
-        model, tokenizer = load_model(str(folder))
+        seed, (model, tokenizer) = seed_of_world(folder), load_model(str(folder))
         for kind, rows in questions(seed).items():
             shown = price(*answers(model.eval(), tokenizer, rows, seed))
             print(f"| {folder.name} | {kind} | {{:.1f}} | {{:.1f}} | {{:.2f}} | {{:.2f}} |".format(*shown))
