@@ -56,7 +56,7 @@ def questions(seed):
 
 
 def prompts(tokenizer, rows, seed):
-    """(ids (n, T), last (n,)): questions of rows, [(subject, question, ..)], after five shots; last tokens."""
+    """(ids (n, T), last (n,)): questions of rows, [(subject, question, ..)], after five shots; their ends."""
     facts, rng, shots = W.make_facts(seed), np.random.default_rng([seed, 8]), {}
     for s in facts:
         known = W.triples(facts, s, slice(W.TESTED, None))
