@@ -146,7 +146,7 @@ def parse_args(argv=None):
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
     add("--only", nargs="+", default=None, choices=[*SWEEP], metavar="NAME", help="of the sweep, these")
     add("--search", type=int, default=0, help="a sweep of so many random attackers")
-    add("--shard", default="1/1", help="of the sweep, part i of n: 1/2 and 2/2 run side by side")
+    add("--shard", default="0/1", help="of the sweep, part i of n: 0/2 and 1/2 run side by side")
     add("--seed", type=int, default=0, help="of the order of the texts and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
@@ -171,10 +171,10 @@ def parse_args(argv=None):
     least = min(args.steps, args.batch, args.eval_every, args.log_every)
     if least < 1 or args.tokens < 2 or not 0 < args.lr < 1e3:
         parser.error("--steps, --batch, --eval-every, --log-every start at 1, --tokens at 2; 0 < --lr")
-    shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.shard)
-    if not shard or int(shard[1]) > int(shard[2]):
-        parser.error(f"--shard {args.shard}: needs i/n, such as 1/2 and 2/2")
-    if args.search < 0 or args.only and args.search or not args.sweep and (args.only or args.shard != "1/1"):
+    shard = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.shard)
+    if not shard or not int(shard[1]) < int(shard[2]):
+        parser.error(f"--shard {args.shard}: give i/n with i from 0 to n - 1")
+    if args.search < 0 or args.only and args.search or not args.sweep and (args.only or args.shard != "0/1"):
         parser.error("--only and --shard go with --sweep, --only not with --search, which starts at 0")
     if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
@@ -409,7 +409,7 @@ def sweep(args, argv, load_exam):
     found, and the worst case. One that fails is named and not counted; the next run tries it again."""
     part, parts = map(int, args.shard.split("/"))
     flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
-    chosen, out, first, failed = [*flags][part - 1 :: parts], Path(args.out), None, {}
+    chosen, out, first, failed = [*flags][part::parts], Path(args.out), None, {}
     todo = [name for name in chosen if not (out / name / "args.json").exists()]
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
     for n, name in enumerate(todo, 1):

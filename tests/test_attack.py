@@ -176,7 +176,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path)
     for names, done in (("8_bit paper", 0), ("8_bit paper benign", 2)):
         printed = recover(tmp_path / "a", f"--sweep --steps 1 --only {names}")
         assert f"{len(names.split())} attackers, {done} of them finished before" in printed
-    for shard, done in ((1, {"paper", "8_bit"}), (2, {"paper", "lr_3x", "8_bit"})):
+    for shard, done in ((0, {"paper", "8_bit"}), (1, {"paper", "lr_3x", "8_bit"})):
         recover(tmp_path / "b", f"--sweep --steps 1 --only paper lr_3x 8_bit --shard {shard}/2")
         assert finished(tmp_path / "b") == done
 
