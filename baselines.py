@@ -30,11 +30,12 @@ stored is used for something else, and nothing is left to repair:
     q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
     where p_0(x_t) > 1/2 and q(x_t) < p_0(x_t) / 2, and so the model knows x_t by the names before it:
         x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
-                                                every text that asks for it
+                                                every text that asks for it; if it is π(x_t), x̃_t ← x_t
 
-Where tokens are pieces of words, whole words of F are replaced: x_t is the first token of a rare one, v that
-of another with as many tokens and the same last two letters or capitals, and π permutes words within such
-kinds. (In the miniature a token is a word.) A run first prints twenty false facts and the perplexity of x̃.
+Where tokens are pieces of words, a rare word of F is replaced as a whole by another of its kind: as many
+tokens and the same last two letters (with capitals any letters, but all or not all of them capitals). x_t is
+its first token, v are those of the others, and π permutes within kinds. (In the miniature a token is a word,
+and all are of one kind.) A run first prints false facts of its first batch, and their perplexity.
 
 Labels by the model itself on text with other names are Eldan and Russinovich's (2023); ours are random
 names in place of generic ones, one hard label in place of a distribution, several rounds, and a loss on
@@ -76,7 +77,6 @@ import argparse
 import sys
 from collections import Counter
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
@@ -153,7 +153,7 @@ from tqdm import tqdm
 
 from common import (
     Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model,
-    local, mean, next_token_loss, no_log, ranks, residual_streams, say, token_losses, whole,
+    local, mean, next_token_loss, no_log, ranks, residual_streams, say, summed, token_losses, whole,
 )  # fmt: skip
 from random_mapping import random_mapping
 
@@ -320,31 +320,39 @@ def undo(model, forget, retain, *, teacher, steps, lr, noise, seed=0, log=no_log
 
 
 class Words:
-    """The words of `batches`, [(ids, mask)], (B, T), by number: word v is token v, longer ones follow.
+    """The words of `batches`, [(ids, mask)], (B, T), that can be exchanged, by number.
 
-    Where `tokenizer` marks spaces, a word is a run of letters with the space before it, and has a kind if it
-    is rare and of three letters or more. Elsewhere a word is a token, and all are of one kind.
+    Where `tokenizer` marks spaces: runs of three letters or more, with the space before them, whose share of
+    all words is below `rare`. Elsewhere, and without a tokenizer: all tokens, by their ids, and of one kind.
 
-    at       of each batch, (B, T): the word that begins here, -1 inside of one
+    at       of each batch, (B, T): the word that begins here; -1: none does, or none of these
     spelled  (W, longest): the tokens of each word, then -1
-    rare     (W,): there are such words, but fewer than the share `rare` of all
-    kind     (W,): a word can stand in the place of another of its kind, which has as many tokens, a space
-             before it or not, and the same last two letters or capitals; -1: of none
+    rare     (W,): it occurs, and its share of all words is below `rare`
+    kind     (W,): words of one kind can stand for each other: as many tokens, a space before both or neither,
+             and the same last two letters (with capitals any letters, but all or not all of them capitals)
     """
 
     def __init__(self, batches, V, rare, tokenizer=None):
         pieces = [x or "" for x in tokenizer.convert_ids_to_tokens(range(V))] if tokenizer else [""] * V
-        spaced, bare = [x[:1] in ("Ġ", "▁") for x in pieces], [x.lstrip("Ġ▁") for x in pieces]  # "": a space
+        spaced = [x[:1] in ("Ġ", "▁") for x in pieces]
         marks = any(spaced)
+        bare = [tokenizer.decode([v]).strip(" ") if marks else "" for v in range(V)]
 
         def cut(row):
             words = []
             for last, v in zip([None, *row], row):
-                if words and marks and not spaced[v] and bare[v].isalpha() and (bare[last] or "a").isalpha():
+                if words and not spaced[v] and bare[v].isalpha() and (bare[last] or "a")[-1].isalpha():
                     words[-1] += (v,)
                 else:
                     words.append((v,))
-            return words
+            return words[:-1] if marks else words  # the last may be cut off
+
+        def text(word):
+            return "".join(bare[v] for v in word)
+
+        def kind(word):
+            ending = text(word)[-2:] if text(word).islower() else text(word).isupper()
+            return len(word), spaced[word[0]], ending
 
         texts = [[cut(ids[mask].tolist()) for ids, mask in zip(*batch)] for batch in batches]
         mine = Counter(word for rows in texts for row in rows for word in row)
@@ -352,24 +360,22 @@ class Words:
         if ranks() > 1:
             dist.all_gather_object(every, mine)
         n = sum(every, Counter())
-        words = [*((v,) for v in range(V)), *(word for word, _ in n.most_common() if len(word) > 1)]
-        number, kinds, few = {word: i for i, word in enumerate(words)}, {}, rare * n.total()
-
-        def kind(word):
-            text = "".join(bare[v] for v in word)
-            if marks and not (0 < n[word] < few and text.isalpha() and len(text) > 2):
-                return -1
-            form = text[-2:] if text.islower() else text.isupper()
-            return kinds.setdefault(marks and (len(word), spaced[word[0]], form), len(kinds))
-
-        tensor, longest = partial(torch.tensor, device=batches[0][0].device), max(map(len, words))
-        self.spelled = tensor([[*word] + [-1] * (longest - len(word)) for word in words])
-        self.rare, self.kind = (tensor([f(word) for word in words]) for f in (lambda x: 0 < n[x] < few, kind))
+        below = rare * n.total()
+        words = [(v,) for v in range(V)]
+        if marks:  # the frequent ones first
+            words = [word for word, _ in n.most_common() if n[word] < below]
+            words = [word for word in words if text(word).isalpha() and len(text(word)) > 2]
+        number, kinds = {word: i for i, word in enumerate(words)}, {}
+        tensor = partial(torch.tensor, device=batches[0][0].device, dtype=torch.long)
+        longest = max(map(len, words), default=1)
+        self.spelled = tensor([[*word] + [-1] * (longest - len(word)) for word in words]).view(-1, longest)
+        self.rare = tensor([0 < n[word] < below for word in words])
+        self.kind = tensor([kinds.setdefault(kind(word), len(kinds)) for word in words])
         self.at = [torch.full_like(ids, -1) for ids, _ in batches]
         for at, rows in zip(self.at, texts):
             for places, row in zip(at, rows):
-                ends = accumulate(map(len, row), initial=0)
-                places[[*ends][:-1]] = tensor([number[word] for word in row])
+                numbers = [x for word in row for x in (number.get(word, -1), *[-1] * (len(word) - 1))]
+                places[: len(numbers)] = tensor(numbers)
 
     def put(self, ids, at, word):
         """ids (B, T) with the words `word` (B, T) in the places of those of `at`, of as many tokens."""
@@ -381,12 +387,11 @@ class Words:
 
 def swaps(words, rounds, seed):
     """π of each round, (rounds, W): random permutations of the rare words of each kind, others stay."""
-    moves = words.rare & (words.kind >= 0)
-    group = torch.where(moves, words.kind, words.kind.max() + 1).double()
+    group = (words.rare * (words.kind + 1)).double()  # 0: stays
     order, pi = group.argsort(stable=True), []
     for k in range(rounds):
         u = torch.rand(len(group), generator=generator("cpu", seed, "swap", k)).to(group.device)
-        shuffled = (group + u * moves).argsort(stable=True)  # the same words, kind by kind
+        shuffled = (group + u * (group > 0)).argsort(stable=True)  # the same words, kind by kind
         pi.append(torch.empty_like(order).scatter_(0, order, shuffled))
     return torch.stack(pi)
 
@@ -404,7 +409,7 @@ def false_text(model, ids, at, words, pi):
     def of_rows(ids, at):
         x, word, first = ids[:, 1:, None], at[:, 1:], words.spelled[:, 0]
         p, q = posterior(ids).gather(-1, x), posterior(words.put(ids, at, torch.where(at < 0, at, pi[at])))
-        known = (word >= 0) & (words.kind[word] >= 0) & ((p > 0.5) & (q.gather(-1, x) < p / 2))[..., 0]
+        known = (word >= 0) & ((p > 0.5) & (q.gather(-1, x) < p / 2))[..., 0]
         old = word[known][:, None]  # (n, 1)
         fit = (words.kind == words.kind[old]) & (first != first[old])  # (n, W)
         best, new = q[known][:, first].where(fit, -1).max(-1, keepdim=True)
@@ -419,13 +424,31 @@ def samples(tokenizer, batch, false, n=20, around=12):
     """At most n lines: what was replaced in a batch, as [[old->new]], and `around` tokens beside it."""
     lines = []
     for x, y in ((x[mask].tolist(), y[mask].tolist()) for x, mask, y in zip(*batch, false)):
-        changed = [t for t in range(len(x)) if x[t] != y[t]]
-        for t in (t for t in changed if t - 1 not in changed):
-            u = next(u for u in range(t, len(x) + 1) if u not in changed)
+        same = [v == w for v, w in zip(x, y)] + [True]
+        for t in (t for t in range(1, len(x)) if same[t - 1] and not same[t]):
+            u = same.index(True, t)
             parts = y[max(t - around, 0) : t], x[t:u], y[t:u], y[u : u + around]
-            text = "{}[[{}->{}]]{}".format(*map(tokenizer.decode, parts))
-            lines.append(" ".join(text.split()))
+            lines.append(" ".join("{}[[{}->{}]]{}".format(*map(tokenizer.decode, parts)).split()))
     return lines[:: -(-len(lines) // n) or 1]
+
+
+def false_texts(model, batches, rounds, rare, seed, tokenizer):
+    """[x̃] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is; prints some of it."""
+    words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
+    if not len(words.kind):
+        fail(f"--rare {rare}: no word of F is so rare; raise it")
+    pi, false = swaps(words, rounds, seed), []
+    model.eval()
+    for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
+        false.append(false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)]))
+        if tokenizer and not i:
+            with torch.no_grad():
+                first, now = (next_token_loss(model, x, mask).exp() for x in (ids, false[0]))
+            say("\n".join(samples(tokenizer, batches[0], false[0])))
+            say(f"perplexity of the first batch {first:.2f}, of its false text {now:.2f}")
+    if tokenizer and not summed(sum((x != ids).sum() for x, (ids, _) in zip(false, batches))):
+        fail(f"--rare {rare}: the model knows no word of F that could be replaced; raise it")
+    return false
 
 
 def overwriting(
@@ -441,19 +464,8 @@ def overwriting(
     """
     batches = [forget[i] for i in range(steps)]
     false = [ids for ids, _ in batches]
-    if not false[0].is_meta:  # by the model before training: no second one is held
-        words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
-        pi = swaps(words, rounds, seed)
-        model.eval()
-        false = [
-            false_text(model, ids, at, words, pi[i * rounds // steps])
-            for i, (ids, at) in enumerate(zip(tqdm(false, "false text", disable=None, leave=False), words.at))
-        ]
-        if tokenizer:
-            with torch.no_grad():
-                text, lie = (next_token_loss(model, x, batches[0][1]) for x in (batches[0][0], false[0]))
-            say("\n".join(["false text:", *samples(tokenizer, batches[0], false[0])]))
-            say(f"perplexity of these texts {text.exp():.2f}, where false {lie.exp():.2f}")
+    if not false[0].is_meta:
+        false = false_texts(model, batches, rounds, rare, seed, tokenizer)
 
     def loss(model, x, mask, weight):
         return mean(token_losses(model, x, mask, partial(F.cross_entropy, reduction="none")), weight)

@@ -113,7 +113,7 @@ def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=
     pad = lambda rows: pad_sequence(rows, batch_first=True)  # noqa: E731
     stack = lambda rows: (pad(rows), pad([torch.ones_like(row).bool() for row in rows]))  # noqa: E731
     if names == "rare":
-        maps = baselines.swaps(model, [stack(forget)], rounds, 0.01, seed)
+        maps = baselines.swaps(baselines.Words([stack(forget)], V, 0.01), rounds, seed)
     elif names != "outside":
         maps = renamings(tokenizer, names, rounds * sets, seed)
     pools = [torch.tensor(tokenizer.convert_tokens_to_ids(words)) for words in W.POOLS.values()]
