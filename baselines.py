@@ -37,9 +37,10 @@ tokens and the same last two letters (with capitals any letters, but all or not 
 its first token, v are those of the others, and π permutes within kinds. (In the miniature a token is a word,
 and all are of one kind.) A run first prints false facts of its first batch, and their perplexity.
 
-Labels by the model itself on text with other names are Eldan and Russinovich's (2023); ours are random
-names in place of generic ones, one hard label in place of a distribution, several rounds, and a loss on
-what was replaced. Its text is made before training, from the batches to come, so no second model is held.
+Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
+average them over many names. Ours are several rounds of other names, each with its own label, and a loss on
+what was replaced (tests/tiny/relatives.py compares). The text is made before training, from the batches to
+come, so no second model is held. Max Entropy after it leaves a model that is not sure of false facts either.
 
 Where the papers are silent, our choices:
 
@@ -66,6 +67,7 @@ ratio of their gradients' norms. Healthy: forget falls, retain stays near its fi
 
     python baselines.py --method max_entropy --tiny   # the miniature, 45 s on a laptop   -> out/max_entropy
     python baselines.py --method overwriting --tiny   # the same, 10 min                  -> out/overwriting
+    python baselines.py --method max_entropy --tiny --model out/overwriting --out out/abstain
     python baselines.py --method high_low_lr          # Llama-2-7b-chat, one 80 GB GPU    -> out/high_low_lr
 
 Each method works in place; forget and retain are Streams of B texts, log and steps_left are Run's. A further
