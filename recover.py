@@ -423,7 +423,7 @@ def sweep(args, argv, load_exam):
                 theta.save()
             run.__dict__ = vars(first) | vars(run)
             attack(a, run, exam)
-            run.save(weights=False, base=a.base, data=a.recovery, mmlu=a.mmlu, attacker=name)
+            run.save(weights=False, base=a.base, data=a.data, recovery=a.recovery, mmlu=a.mmlu, attacker=name)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
             if getattr(error, "code", 2) != 2 or first is None:  # a signal; no model
                 raise
@@ -445,7 +445,7 @@ def main(args, argv=None):
     run = Run(args)
     run.load(args.ckpt, "--ckpt")
     row = attack(args, run, None if args.dry_run else load_exam())
-    run.save(base=args.base, data=args.recovery, mmlu=args.mmlu)
+    run.save(base=args.base, data=args.data, recovery=args.recovery, mmlu=args.mmlu)
     say("\n" + show_sweep({"this attack": read_states(args.out)}) + "\n")
     say(markdown({Path(args.ckpt).name: row | {"runs": 1, "hurt": row["damaged"]}}, TABLE))
     say(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parent} --format {args.format}")

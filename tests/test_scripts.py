@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,8 @@ def test_recover_scores_on_the_way_and_prints_its_row(out):
     assert "next: python evaluate_mmlu.py --table out/rmat" in printed
     lines = [x for x in (out.parent / "table.txt").read_text().splitlines() if x.startswith("| RMAT |")]
     assert len(lines) == 1 and f"{scores['score_r']:.1f} ± {scores['score_r_se']:.1f}" in lines[0]
+    again = importlib.import_module("recover").parse_args(["--ckpt", str(out / "rmat" / "recovered")])
+    assert Path(again.data).name == "chunks.jsonl" and Path(again.recovery).name == "camel.zip"
 
 
 def test_the_second_phase_starts_from_an_earlier_first_one(out, tmp_path):
