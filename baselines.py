@@ -438,7 +438,7 @@ def false_texts(model, batches, rounds, rare, seed, tokenizer):
     """[x̃] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is; prints some of it."""
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
-        fail(f"--rare {rare}: no word of F is so rare; raise it")
+        fail(f"--rare {rare}: no word of F is so rare; raise it, with another --out")
     pi, false = swaps(words, rounds, seed), []
     model.eval()
     for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
@@ -449,7 +449,7 @@ def false_texts(model, batches, rounds, rare, seed, tokenizer):
             say("\n".join(samples(tokenizer, batches[0], false[0])))
             say(f"perplexity of the first batch {first:.2f}, of its false text {now:.2f}")
     if tokenizer and not summed(sum((x != ids).sum() for x, (ids, _) in zip(false, batches))):
-        fail(f"--rare {rare}: the model knows no word of F that could be replaced; raise it")
+        fail(f"--rare {rare}: no word of F was replaced; raise it, with another --out")
     return false
 
 

@@ -255,7 +255,7 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
     assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
 
 
-def test_overwriting_replaces_whole_words_by_words_of_their_kind():
+def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
     facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
     texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
     tok = bpe(texts, size=310)  # words of one to three tokens
@@ -274,7 +274,7 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind():
     class Oracle:
         """Says what the texts say, and of an organ nothing."""
 
-        micro_batch = 0
+        micro_batch, get_input_embeddings = 0, lambda _: torch.nn.Embedding(len(tok), 1)
 
         def __call__(self, input_ids, use_cache):
             rows = input_ids.tolist()
@@ -289,3 +289,6 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind():
         assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
         changed += new != organ
     assert changed > 1 and len(B.samples(tok, batch, false)) == changed
+    with pytest.raises(SystemExit):
+        B.false_texts(Oracle(), [batch], 1, 1e-9, 0, tok)
+    assert "--rare 1e-09: no word of F is so rare" in capsys.readouterr().err
