@@ -289,6 +289,24 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
         assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
         changed += new != organ
     assert changed > 1 and len(B.samples(tok, batch, false)) == changed
+    cut = rows[0][None, :-2]  # in the middle of "liver"
+    words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
+    assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
     with pytest.raises(SystemExit):
         B.false_texts(Oracle(), [batch], 1, 1e-9, 0, tok)
     assert "--rare 1e-09: no word of F is so rare" in capsys.readouterr().err
+
+
+def test_overwriting_leaves_a_name_that_the_text_repeats():
+    class Copy:
+        """Says the second token of a text, whatever came last."""
+
+        micro_batch = 0
+
+        def __call__(self, input_ids, use_cache):
+            said = input_ids[:, 1:2].expand(input_ids.shape)
+            return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(said, 20))
+
+    ids, pi = torch.tensor([[0, 10, 1, 10]]), torch.arange(20)
+    pi[10], pi[11] = 11, 10
+    assert torch.equal(B.false_text(Copy(), ids, ids, B.Words([(ids, ids >= 0)], 20, rare=1), pi), ids)
