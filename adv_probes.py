@@ -83,6 +83,7 @@ def parse_args(argv=None):
     add("--probe-width", type=int, default=1024, help="first hidden width; the second is a quarter")
     add("--batch", type=int, default=16, help="texts per batch, of F, M and R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
+    add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data, the probes, the match texts and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")

@@ -147,7 +147,7 @@ def without_dropout(model):
 
 
 # flags that do not change the result
-FREE = {"out", "device", "log_every", "save_every", "dry_run", "only", "shard", "search"}
+FREE = {"out", "device", "log_every", "save_every", "dry_run", "only", "shard", "search", "recompute_every"}
 
 
 def all_steps(steps, *state):
@@ -200,8 +200,8 @@ class Run:
         self.model, self.tokenizer = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
         as_on_gpu = args.dry_run and args.dtype == "auto" and self.model.dtype == torch.bfloat16
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
-        if self.gpu:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.gpu and args.recompute_every:
+            self.model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
         self.model.micro_batch = args.micro_batch
         self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return self.model

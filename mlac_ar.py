@@ -66,6 +66,7 @@ def parse_args(argv=None):
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="of both loops (Algorithm 1: sgd)")
     add("--batch", type=int, default=16, help="texts per batch; K + 1 batches of F and 1 of R per outer step")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
+    add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of data order and rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")

@@ -64,6 +64,7 @@ def parse_args(argv=None):
     add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
+    add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
     add("--tokens", type=int, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--seed", type=int, default=0, help="of the data's order, the targets and the rounding")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")

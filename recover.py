@@ -141,6 +141,7 @@ def parse_args(argv=None):
     add("--steps", action=Multiple, default=1000, help="optimizer steps (Figure 3)")
     add("--batch", action=Multiple, default=64, help="texts per batch; a step uses one (paper: not stated)")
     add("--micro-batch", type=int, default=16, help="texts in memory at a time, to save it; 0: all")
+    add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
     add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
     add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")

@@ -59,13 +59,14 @@ METHODS = {  # function, batches in a step of each stream, plain passes per step
 }
 
 
-def predict(path):
+def predict(path, every):
     """Writes the peaks, in GB, that the scripts' own dry runs print for the config."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         CONFIG.save_pretrained(folder)
         for name, (*_, more) in METHODS.items():
             options = ["--dry-run", "--ckpt" if name == "recover" else "--model", folder]
+            options += ["--recompute-every", str(every)]
             options += ["--method", more["method"]] if "method" in more else []
             command = [sys.executable, ROOT / f"{name}.py", *options]
             said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
@@ -132,7 +133,7 @@ def killed(folder):
 
 def main(args):
     if args.predict:
-        return predict(args.predicted)
+        return predict(args.predicted, args.recompute_every)
     if LARGE and not CUDA:
         raise SystemExit("bench_gpu.py: no GPU here; --cpu rehearses, --predict makes the predictions")
     device, missed = torch.cuda.get_device_name() if CUDA else "CPU", []
@@ -156,7 +157,7 @@ def main(args):
     model = random_model(CONFIG, torch.bfloat16 if CUDA else torch.float32).train()
     model.micro_batch = BATCH  # the scripts' default, or no less than a batch
     if CUDA:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
     for name in [*METHODS][:2]:
         write(name, measure, name, model, args)
     write("evaluate_mmlu", scoring, model)
@@ -177,6 +178,7 @@ if __name__ == "__main__":
     add("--real", help="flags of tests/real/rows.py, in quotes: a real model's row too")
     add("--only", nargs="+", help="these figures: methods, evaluate_mmlu, miniature, killed_run, real_model")
     add("--minutes", type=float, default=9.0, help="after these no further figure is begun")
+    add("--recompute-every", type=int, default=1, help="as in the scripts; at least 1")
     add("--predicted", default="bench_gpu.predicted.json", help="file of the predictions")
     add("--out", default="bench_gpu.jsonl", help="file that the figures are added to")
     sys.exit(main(parser.parse_args()))

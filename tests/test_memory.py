@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from conftest import Batches, toy_model
 from test_methods import RUNS, literal_outer_step
+from transformers import LlamaConfig
 
 import adv_probes
 import baselines
@@ -66,6 +67,19 @@ def test_the_dry_run_predicts_the_peak_of_a_step(name, tmp_path, capsys):
     found -= 3 * size(toy) / 1e9 * (name == "mlac_ar")
     assert stop.value.code == 0 and "it fits" in printed and abs(told["weights"] - size(toy) / 1e9) < 1e-3
     assert abs(told["peak"] / found - 1) < 0.03, (told, found)
+
+
+def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys):
+    """By a dry run as on a GPU, which is that of a model of over 2 G parameters; it has four layers."""
+    width = dict(hidden_size=8192, intermediate_size=64, num_hidden_layers=4, vocab_size=150000)
+    LlamaConfig(architectures=["LlamaForCausalLM"], **width).save_pretrained(tmp_path)
+    found = {}
+    for n in (1, 2, 0):
+        flags = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 --recompute-every {n}"
+        with pytest.raises(SystemExit):
+            baselines.main(baselines.parse_args(flags.split()))
+        found[n] = float(re.search(r"^peak +([\d.]+) GB$", capsys.readouterr().out, re.M)[1])
+    assert found[0] > found[1] + 0.1 and abs((found[2] - found[1]) / (found[0] - found[1]) - 0.5) < 0.02
 
 
 def test_a_dry_run_writes_nothing_and_says_if_it_does_not_fit(tmp_path, capsys, monkeypatch):
