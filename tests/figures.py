@@ -3,8 +3,8 @@
     python tests/figures.py DIR --format cloze      # options scored by text; without: by letter
 
 Figure 2: accuracy before and after Recovery. Figure 3: its loss and accuracies by step. Of sweeps, `worst`:
-what each attacker reached, and `frontier`: what robustness costs in compute and retain accuracy. Rows are
-those of `evaluate_mmlu.py --table DIR`; the never-taught control is grey (mean ± standard error).
+what each attacker reached. Rows are those of `evaluate_mmlu.py --table DIR`; the never-taught control is grey
+(mean ± standard error).
 """
 
 import argparse
@@ -23,8 +23,8 @@ if __name__ == "__main__":  # before torch is imported
     parser.add_argument("--format", default="letter", choices=("letter", "cloze"), help="scores to draw")
     args = parser.parse_args()
 
-from common import fail, read_json, resolved
-from evaluate_mmlu import CONTROL, LIMIT, columns, damaged, rows_under, worst_case
+from common import fail, read_json
+from evaluate_mmlu import CONTROL, LIMIT, columns, damaged, rows_under
 
 try:
     import matplotlib
@@ -32,7 +32,6 @@ try:
 except ImportError:
     fail("the figures need matplotlib, which is not installed; pip install -r tests/requirements.txt")
 
-OF_BASELINE = {"npo": 7, "rmu": 7, "undo": 8, "overwriting": 8}  # passes per step; the others: 6
 BEST = "AdvProbes-5 (IDK, Frz.)"  # of Table 1 and of Table 2
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
 MARKERS, CHANCE = "os^Dv<>p", dict(color="black", lw=0.8, ls=(0, (4, 2)))
@@ -143,44 +142,6 @@ def figure_worst(swept, control, form):
     return figure
 
 
-def passes(folder):
-    """Passes over a batch that made a checkpoint of its base: forward 1, backward 2; none of a probe's."""
-    facts = read_json(Path(folder) / "args.json")
-    a = facts.get("arguments", {})
-    own = {"random_mapping.py": 6, "mlac_ar.py": 0, "rmat.py": 0, "adv_probes.py": 6 if a.get("swd") else 7}
-    own["baselines.py"] = OF_BASELINE.get(a.get("method"), 6)
-    if facts.get("script") not in own:
-        return 0
-    outer = 6 * a.get("rm_steps", 0) + 3 * (2 * a.get("K", 0) + 1) * a.get("N", 0)
-    return own[facts["script"]] * a.get("steps", 0) + outer + passes(resolved(facts["parent"], folder))
-
-
-def figure_frontier(swept, control):
-    """Points: ρ in the worst case over the attackers that all rows were swept with, by passes of training.
-    Filled points cost at most 2 points of retain accuracy; the control is the grey line."""
-    common = set.intersection(*({*run["attacks"]} for runs in (*swept.values(), control) for run in runs))
-
-    def rho(runs):
-        found = [worst_case({k: run["attacks"][k] for k in sorted(common)}) for run in runs]
-        return mean_and_error([w["rho"] for w in found])
-
-    figure = Figure(figsize=(6.9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    if control:
-        axes.axhline(rho(control)[0], color="0.7", lw=3, label="never taught")
-    for i, (name, runs) in enumerate((n, r) for n, r in swept.items() if passes(r[0]["folder"])):
-        lost = [run["base"]["retain"]["acc"] - run["theta"]["retain"]["acc"] for run in runs]
-        cost, (mean, error) = max(100 * statistics.mean(lost), 0), rho(runs)
-        look = dict(fmt=MARKERS[(i + 3 * (i // 8)) % 8], color=COLOURS[i % 8], ms=5, lw=0.8)
-        look |= dict(mfc=None if cost <= 2 else "white", label=f"{name}: {cost:.1f}")
-        axes.errorbar(statistics.mean(passes(run["folder"]) for run in runs), mean, error or None, **look)
-    axes.axhline(0, **CHANCE)
-    axes.set(xscale="log", xlabel="passes of training (forward 1, backward 2)", ylim=(-0.15, 1.05))
-    axes.set_ylabel(f"ρ, the worst of {', '.join(sorted(common)) if len(common) < 5 else len(common)}")
-    axes.legend(**RIGHT, title="cost in points of retain accuracy")
-    return figure
-
-
 def figures(root, rows, form):
     """Writes the figures of rows, see evaluate_mmlu.rows_under; the same rows give the same bytes."""
 
@@ -204,7 +165,6 @@ def figures(root, rows, form):
     parts, control = having("attacks")
     if swept := {name: runs for _, part in parts for name, runs in part.items() if name != BEST}:
         save(figure_worst(swept, control, form), "worst")
-        save(figure_frontier(swept, control), "frontier")
     parts, control = having("recovered")
     if parts:
         save(figure_2(parts, control, form), "figure2")

@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-import world as W
-from conftest import ROOT, WORLD, bpe, spm_like, toy_model
+from conftest import ROOT, bpe, spm_like, toy_model
 
 import label_pile as L
-from common import load_chunks, load_model
+from common import load_chunks
 
 PROSE = "The heart pumps blood. Déjà vu? 心臓は血液を送る。 <|end_of_turn|>\n\n"
 PROSE += "Cells divide, and divide again; " * 60
@@ -90,18 +89,6 @@ def test_scores_are_those_of_plain_passes_in_any_batch():
     for budget in (1, 2048, 100000):
         found = L.judge(model, tokenizer, texts, head, tail, budget)
         assert np.allclose(found, expected, atol=1e-5)
-
-
-def test_the_miniature_labels_held_out_chunks():
-    facts, rng = W.make_facts(0), np.random.default_rng(99)  # other sentences than the shipped ones
-    documents = W.make_documents(W.make_chunks(facts, rng), rng)
-    model, tokenizer = load_model(str(WORLD / "base"))
-    texts = [c[1] for c in L.read_chunks(documents[:300], tokenizer, 207, (0, 1), 1e9, None)]
-    head, tail = L.frame(tokenizer, L.TINY["question"], "biology", chat=False)
-    biology = {r for s in W.FORGET for r in W.RELATIONS[s]}  # relations that only biology has
-    truth = [not biology.isdisjoint(re.findall(r"\w+", text)) for text in texts]
-    right = [(p > 0.5) == t for (p, _), t in zip(L.judge(model, tokenizer, texts, head, tail), truth)]
-    assert len(right) > 300 and 0.1 < np.mean(truth) < 0.9 and np.mean(right) >= 0.95
 
 
 def flags(out, *more):

@@ -81,12 +81,8 @@ def test_questions_of_ones_own(tmp_path, name):
     assert not set(FORGET) & set(mmlu) and len(mmlu) == 5 and len(mmlu["astronomy"][0]) == 5
 
 
-@pytest.mark.parametrize("name", ["biology.zip", "folder", "pairs.jsonl"])
-def test_camel_pairs(tmp_path, name):
-    assert load_texts(str(write(tmp_path / name, PAIRS))) == [f"q {i}\n\na\n{i}" for i in range(12)]
-
-
 FORMS = [  # a row to train on, --column, the texts
+    ({"message_1": "q", "message_2": "a\nb"}, None, ["q\n\na\nb"]),
     ({"messages": [{"content": "q"}, {"content": "a"}]}, None, ["q\n\na"]),
     ({"instruction": "q", "input": "", "output": "a"}, None, ["q\n\na"]),
     ({"instruction": "q", "input": "i", "output": "a"}, None, ["q\n\ni\n\na"]),

@@ -147,7 +147,7 @@ def literal_outer_step(model, forget, retain, K, lr, alpha, optimizer, outer=Non
     for p, g, f in zip(model.parameters(), gradient, phi):
         p.grad = g - (alpha_paper / K) * f / lr
     outer.step()
-    return outer
+    return outer, torch.cat([(alpha / K * f).flatten() for f in phi]).norm()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -158,11 +158,12 @@ def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, tied, checkpointing
     start, literal = flat(model), copy.deepcopy(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    forget, retain, outer = Batches((K + 1) * 3, seed=1), Batches(3, seed=2), None
+    forget, retain, outer, seen = Batches((K + 1) * 3, seed=1), Batches(3, seed=2), None, []
     arguments = dict(K=K, lr=1e-2, alpha=0.7, optimizer=optimizer)
-    mlac_ar(model, forget, retain, N=2, **arguments)
+    mlac_ar(model, forget, retain, N=2, **arguments, log=lambda i, n, **v: seen.append(v))
     for i in range(2):
-        outer = literal_outer_step(literal, forget[i], retain[i], outer=outer, **arguments)
+        outer, phi = literal_outer_step(literal, forget[i], retain[i], outer=outer, **arguments)
+        assert seen[i]["phi"] == pytest.approx(phi.item())
     assert (flat(model) - flat(literal)).abs().max() < 1e-10
     assert (flat(model) - start).abs().max() > 1e-3  # control: it did move
 
@@ -172,29 +173,6 @@ def test_alpha_zero_is_finetuning_on_retain_text_bit_exactly():
     mlac_ar(a, Batches(9, seed=1), retain, K=2, N=3, lr=1e-2, alpha=0)
     finetune(b, retain, steps=3, lr=1e-2)
     assert torch.equal(flat(a), flat(b)) and not torch.equal(flat(a), flat(toy_model()))
-
-
-def test_phi_is_logged_and_no_loss_is_too_high_for_it():
-    """Far above chance, too, the held-out batch moves the model; α = 0 logs 0 (control)."""
-    norms = []
-    for alpha in (1, 2, 0):
-        model, seen = toy_model(initializer_range=1.0), []
-        more = dict(K=2, N=1, lr=1e-4, optimizer="sgd", log=lambda i, n, **v: seen.append(v))
-        mlac_ar(model, Batches(9), Batches(3), alpha=alpha, **more)
-        assert seen[0]["heldout"] > 2 * math.log(60)
-        norms.append(seen[0]["phi"].item())
-    assert norms[0] > 0.1 and abs(norms[1] - 2 * norms[0]) < 1e-3 * norms[0] and norms[2] == 0
-
-
-def test_mlac_ar_slows_an_adversary():
-    """Ascent on φ raises the held-out loss that an adversary reaches; α = 0 does not (control)."""
-    reached = []
-    for alpha in (0.0, 1.0):
-        model, words = toy_model(initializer_range=0.1), dict(T=6, vocab=8)
-        mlac_ar(model, Batches(12, seed=1, **words), Batches(3), K=3, N=15, lr=3e-3, alpha=alpha)
-        finetune(model, Batches(4, seed=9, **words), steps=5, lr=3e-3)
-        reached.append(next_token_loss(model, *Batches(16, seed=5, **words)[0]).item())
-    assert reached[1] > reached[0] + 0.1
 
 
 @pytest.mark.parametrize("method", RUNS)

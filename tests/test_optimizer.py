@@ -64,18 +64,6 @@ def test_the_optimizer_is_torchs(ours, reference, dtype):
         assert p.grad is None and torch.equal(unused, before)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # which ties embeddings and head: one update
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_updates_within_backward_are_those_after_it(kind, dtype):
-    a, b = (toy_model(kind, dtype=dtype).train() for _ in "ab")
-    inside, after = Optimizer(a.parameters()), Optimizer(b.parameters())
-    backward(a, next_token_loss, *Batches(3)[0], then=inside.updates(1, 0.01, "key"))
-    backward(b, next_token_loss, *Batches(3)[0])
-    after.step(1, 0.01, "key")
-    assert torch.equal(flat(a), flat(b)) and not torch.equal(flat(a), flat(toy_model(kind, dtype=dtype)))
-    assert all(p.grad is None for p in [*inside.params, *after.params])
-
-
 def test_weights_move_in_bf16_at_the_papers_learning_rate():
     moved = []
     for dtype in (BF16, torch.float32):

@@ -109,6 +109,7 @@ def test_a_nan_on_one_rank_ends_all_with_one_line_and_is_not_saved(folder, both)
     said = [line for line in (folder / "said.txt").read_text().splitlines() if "NaN" in line]
     assert len(said) == 1 and "NaN or infinity at step 3 (weights);" in said[0]
     assert [x.name for x in (folder / "nan" / "out" / "state").glob("*-*")] == ["step-2"]
+    assert not {"args.json", "model.safetensors"} & {x.name for x in (folder / "nan").rglob("*")}
 
 
 def test_an_attack_and_its_scores_do_not_depend_on_the_number_of_processes(folder, both):

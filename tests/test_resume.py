@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, WORLD
@@ -87,28 +86,20 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(tmp_path, capsys, case):
         assert first == second
 
 
-def hit(number, flags):
-    """random_mapping.py as a process that gets a signal in step 3; what it said then, its exit status."""
-    command = [sys.executable, "-u", str(ROOT / "random_mapping.py"), *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_a_run_that_got_a_sigint_goes_on_to_the_bit(tmp_path, capsys):
+    """It saves and says how to go on (SIGTERM: test_ranks.py; kills at any moment: bench_faults.py)."""
+    flags, cut = (*SHORT, "--steps", 16, "--out"), tmp_path / "cut"
+    command = [sys.executable, "-u", ROOT / "random_mapping.py", *flags, cut]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*map(str, command)], **pipes)
     assert any("step 3/" in line for line in process.stdout)
-    process.send_signal(number)
-    return process.communicate()[0], process.wait()
-
-
-def test_a_run_that_got_a_signal_goes_on_to_the_bit(tmp_path, capsys):
-    """SIGINT (SIGTERM: test_ranks.py) saves and says how to go on; of SIGKILL the last save is left."""
-    numbers, flags = (signal.SIGINT, signal.SIGKILL), ("--steps", 16, "--out")
-    runs = [(*(SAVES if n == signal.SIGKILL else SHORT), *flags, tmp_path / n.name) for n in numbers]
-    with ThreadPoolExecutor(2) as pool:
-        (said, status), (_, killed) = pool.map(hit, numbers, runs)
-    assert status == 130 and killed == -signal.SIGKILL
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 130 and not (cut / "args.json").exists()
     assert "Traceback" not in said and "rerun the same command" in said.splitlines()[-1], said
-    call("random_mapping", *SHORT, *flags, tmp_path / "whole")
-    for run in runs:
-        assert not (run[-1] / "args.json").exists()
-        call("random_mapping", *SHORT, *flags, run[-1])
-        assert "continues after step" in capsys.readouterr().out and same(tmp_path / "whole", run[-1])
+    for out in (tmp_path / "whole", cut):
+        call("random_mapping", *flags, out)
+    assert "continues after step" in capsys.readouterr().out and same(tmp_path / "whole", cut)
 
 
 def test_with_other_arguments_it_refuses_and_names_the_flag(tmp_path, capsys):
@@ -147,18 +138,3 @@ def test_only_whole_saves_count_and_a_full_disk_costs_no_more_than_a_save(tmp_pa
         call("random_mapping", *flags, tmp_path / name)
     assert "continues after step 1 of 4" in capsys.readouterr().out
     assert same(tmp_path / "whole", tmp_path / "out")
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
-    """Not as a result, and not over a good state; a loss of NaN: test_methods.py."""
-    update = common.Optimizer.step
-
-    def damaged(self, t, *more):
-        update(self, t, *more)
-        if t == 3:
-            self.params[0].data.view(-1)[7] = float("nan")
-
-    monkeypatch.setattr(common.Optimizer, "step", damaged)
-    refused(capsys, "random_mapping", *SAVES, "--steps", 3, "--out", tmp_path, says="at step 3 (weights);")
-    assert [folder.name for folder in (tmp_path / "state").glob("*-*")] == ["step-2"]
-    assert not list(tmp_path.rglob("model.safetensors")) and not (tmp_path / "args.json").exists()

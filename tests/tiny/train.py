@@ -37,23 +37,7 @@ MIX = (  # probability of each kind in stages 1, 2, 3
     (0.1, 0.48, 0.39, 0.0, 0.0, 0.03, 0.0),
     (0.05, 0.16, 0.16, 0.27, 0.27, 0.03, 0.06),
 )
-
-
-def parse_args(argv=None):
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
-    add = parser.add_argument
-    add("--seed", type=int, default=0, help="the world, the initialisation and the order of the documents")
-    add("--out", required=True, help="folder of the world; its files and base/ (or filtered/) go there")
-    add("--filtered", action="store_true", help="leave every forget fact out: the never-taught control")
-    add("--steps", type=int, nargs=3, default=[250, 720, 1450], help="steps of the three stages")
-    add("--lr", type=float, default=0.02, help="learning rate of Muon; AdamW's is a quarter of it")
-    add("--threads", type=int, default=1, help="CPU threads; only at an equal number is the result the same")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    args = parse_args()
+STEPS, LR = (250, 720, 1450), 0.02  # of the three stages; of Muon, AdamW's is a quarter of it
 
 import numpy as np
 import torch
@@ -245,7 +229,7 @@ def train(model, documents, steps, lr):
 
 
 def main(args):
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # only at an equal number is the result the same
     torch.manual_seed(args.seed)
     facts, tokenizer = W.write_world(args.seed, args.out), make_tokenizer()
     subjects = [s for s in facts if not (args.filtered and s in W.FORGET)]
@@ -258,7 +242,7 @@ def main(args):
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
     print(f"world {args.seed} | {model.num_parameters():,} parameters | {len(tokenizer)} words", flush=True)
-    train(model, Documents(facts, subjects, tokenizer, args.seed), args.steps, args.lr)
+    train(model, Documents(facts, subjects, tokenizer, args.seed), STEPS, LR)
     folder = Path(args.out) / ("filtered" if args.filtered else "base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -267,4 +251,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(args)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="the world, and what the training draws")
+    parser.add_argument("--out", required=True, help="folder of the world; base/ or filtered/ too")
+    parser.add_argument("--filtered", action="store_true", help="no forget fact: the never-taught control")
+    main(parser.parse_args())

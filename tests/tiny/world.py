@@ -11,11 +11,8 @@ Six subjects under MMLU names, two of them biology (forget); sixty entities each
 
 A seed is a world. Files: chunks.jsonl, pile.jsonl.zst (the same text, unlabelled), camel.zip, mmlu/dev/*.csv,
 mmlu/test/*.csv.
-
-    python tests/tiny/world.py --seed 1 --out out/world1
 """
 
-import argparse
 import csv
 import json
 import zipfile
@@ -200,13 +197,3 @@ def write_world(seed, out):
                         [question(fact, rng.integers(3)), *choices, "ABCD"[answer]]
                     )
     return facts
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the world")
-    parser.add_argument("--out", required=True, help="folder to write")
-    args = parser.parse_args()
-    write_world(args.seed, args.out)
