@@ -198,7 +198,7 @@ class Run:
         args, self.name = self.args, name
         self.base = resolved(read_json(Path(name) / "args.json").get("base"), name) or name
         self.model, self.tokenizer = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
-        as_on_gpu = args.dry_run and args.dtype == "auto" and self.model.dtype == torch.bfloat16
+        as_on_gpu = args.dry_run and self.model.num_parameters() > 2e9
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
         if self.gpu and args.recompute_every:
             self.model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
@@ -568,7 +568,6 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
             rows = named(found[split] if isinstance(found, dict) else found)
         else:
             files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
-            files = [x for x in files if x.name not in ("settings.json", "summary.json")]  # of label_pile.py
             kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
             files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
             if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:

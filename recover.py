@@ -73,12 +73,9 @@ SWEEP = {  # attackers: name and flags; 3x is three times the default, which is 
     "mix_3x": "--retain-mix 0.5 --steps 3x --lr 3x",
     "mix_cosine_3x": "--retain-mix 0.5 --steps 3x --lr 3x --schedule cosine",
     "benign": "--retain-mix 1",
-    "8_bit": "--probe 8_bit",
-    "4_bit": "--probe 4_bit",
-    "prune_30": "--probe prune_30",
-    "many_shot": "--probe many_shot",
-    "other_format": "--probe other_format",
 }
+PROBES = ("8_bit", "4_bit", "prune_30", "many_shot", "other_format")  # attacks without training
+SWEEP |= {name: f"--probe {name}" for name in PROBES}
 
 
 def drawn(n):
@@ -92,9 +89,6 @@ def drawn(n):
         kinds = "", "", f"--lora {draw.choice((4, 16, 64))}", "--clip 1", f"--optimizer sgd --lr {sgd:.2g}"
         attackers[f"random_{i}"] = f"{flags} {draw.choice(kinds)}"
     return attackers
-
-
-PROBES = ("8_bit", "4_bit", "prune_30", "many_shot", "other_format")  # attacks without training
 
 
 class Multiple(argparse.Action):

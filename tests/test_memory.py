@@ -75,7 +75,7 @@ def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys)
     LlamaConfig(architectures=["LlamaForCausalLM"], **width).save_pretrained(tmp_path)
     found = {}
     for n in (1, 2, 0):
-        flags = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 --recompute-every {n}"
+        flags = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 --dtype bfloat16 --recompute-every {n}"
         with pytest.raises(SystemExit):
             baselines.main(baselines.parse_args(flags.split()))
         found[n] = float(re.search(r"^peak +([\d.]+) GB$", capsys.readouterr().out, re.M)[1])
