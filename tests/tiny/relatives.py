@@ -35,6 +35,7 @@ VARIANTS = {
     "rest_1": dict(rest=1.0),  # what is not replaced weighs as much
     "generic": dict(names="generic", rounds=1, gated=False),  # Eldan and Russinovich, 2023: of four names
     "averaged": dict(names="others", sets=20, rounds=1, gated=False, soft=True),  # Liu et al., 2024
+    "altpo": dict(rounds=1, rest=0.0, prefer=0.1),  # Mekala et al., 2024: its label over the truth, as in DPO
     # false facts from outside, as in Deeb and Roger (2024); these need the list of facts
     "one_wrong": dict(names="outside", rounds=1),  # one wrong value a fact
     "five_wrong": dict(names="outside"),  # five, one after the other
@@ -103,8 +104,8 @@ def alike(lengths, batch, steps, *key):
     return batches[:steps]
 
 
-def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=False):
-    """(model, tokenizer) of the base in `world`, after a variant's training."""
+def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=False, prefer=0):
+    """(model, tokenizer) of the base in `world`, after a variant's training; prefer: β of AltPO's loss."""
     steps, lr, batch, seed = 1000, 1e-2, 24, 0
     model, tokenizer = load_model(str(world / "base"))
     model.micro_batch, V = 0, len(tokenizer)
@@ -117,7 +118,13 @@ def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=
     elif names != "outside":
         maps = renamings(tokenizer, names, rounds * sets, seed)
     pools = [torch.tensor(tokenizer.convert_tokens_to_ids(words)) for words in W.POOLS.values()]
-    taught = []  # of each round and text: labels (T - 1, V), weights (T - 1)
+
+    def margin(model, ids, q):
+        """By how much the label is more likely than the truth, nats, (B, T - 1)."""
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+        return (q * log_p).sum(-1) - log_p.gather(-1, ids[:, 1:, None])[..., 0]
+
+    taught = []  # of each round and text: labels (T - 1, V), weights and, by the base, margins (T - 1)
     for k in range(rounds):
         others = read(falsified(world, k)) if names == "outside" else forget
         taught.append([])
@@ -127,9 +134,13 @@ def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=
             else:
                 q, where = own_labels(model, ids, maps[k * sets : (k + 1) * sets], gated, soft)
             q = torch.where(where[:, None], q, F.one_hot(ids[1:], V).float())
-            taught[k].append((q, torch.where(where, 1.0, rest)))
+            with torch.no_grad():
+                before = margin(model, ids[None], q[None])[0]
+            taught[k].append((q, torch.where(where, 1.0, rest), before))
 
-    def loss(model, ids, mask, q, weight):
+    def loss(model, ids, mask, q, weight, before):
+        if prefer:
+            return mean(-2 / prefer * F.logsigmoid(prefer * (margin(model, ids, q) - before)), weight)
         return mean(-(q * model(ids).logits[:, :-1].log_softmax(-1)).sum(-1), weight)
 
     opt = Optimizer(model.parameters())
@@ -137,8 +148,9 @@ def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=
     model.train()
     for i in range(1, steps + 1):
         rows = [taught[(i - 1) * rounds // steps][j] for j in order[0][i - 1]]
-        q, weight = (pad([row[n] for row in rows]) for n in (0, 1))
-        loss_f = backward(model, loss, *stack([forget[j] for j in order[0][i - 1]]), q, weight, weight=weight)
+        q, weight, before = (pad([row[n] for row in rows]) for n in range(3))
+        x_f = stack([forget[j] for j in order[0][i - 1]])
+        loss_f = backward(model, loss, *x_f, q, weight, before, weight=weight)
         loss_r = backward(model, next_token_loss, *stack([retain[j] for j in order[1][i - 1]]))
         opt.step(i, lr * (1 - (i - 1) / steps), seed, i)
         if i % 100 == 0:
