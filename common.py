@@ -88,9 +88,10 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
 
     name   checkpoint directory (ours or any that save_pretrained wrote) or hub name
     dtype  "auto": bfloat16 on a GPU, float32 on the CPU; or a torch dtype's name
-    meta   on the meta device, from the config alone (above 2 G parameters: as if on a GPU); no tokenizer
+    meta   on the meta device, from the config alone, no tokenizer; above 2 G parameters as if on a GPU,
+           unless device is "cpu"
     """
-    folder, cuda = Path(name), torch.cuda.is_available()
+    folder, cuda, asked = Path(name), torch.cuda.is_available(), device
     if not folder.is_dir() and (name.count("/") != 1 or name[0] in "./~" or Path(folder.parts[0]).exists()):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
     if (folder / "state").is_dir() and not (folder / "args.json").exists():
@@ -104,7 +105,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         connect(device)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-        gpu = device.type == "cuda" or meta and model.num_parameters() > 2e9
+        gpu = device.type == "cuda" or meta and asked != "cpu" and model.num_parameters() > 2e9
         dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if gpu else "float32")
         if meta:
             return model.to(dtype), None
@@ -194,11 +195,12 @@ class Run:
             fail(f"--out {self.out}: not empty, and no run was cut off there; choose another --out")
 
     def load(self, name, flag="--model"):
-        """The model of a checkpoint directory or hub name, with activation checkpointing on a GPU."""
+        """The model of a checkpoint directory or hub name, with activation checkpointing on a GPU
+        (of every layer, or as --recompute-every says)."""
         args, self.name = self.args, name
         self.base = resolved(read_json(Path(name) / "args.json").get("base"), name) or name
         self.model, self.tokenizer = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
-        as_on_gpu = args.dry_run and self.model.num_parameters() > 2e9
+        as_on_gpu = args.dry_run and args.device != "cpu" and self.model.num_parameters() > 2e9
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
         if self.gpu and args.recompute_every:
             self.model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)

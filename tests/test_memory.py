@@ -70,16 +70,20 @@ def test_the_dry_run_predicts_the_peak_of_a_step(name, tmp_path, capsys):
 
 
 def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys):
-    """By a dry run as on a GPU, which is that of a model of over 2 G parameters; it has four layers."""
+    """By a dry run as on a GPU, which is that of a model of over 2 G parameters; it has four layers. With
+    --device cpu it is as on the CPU, in float32 and without recomputation."""
     width = dict(hidden_size=8192, intermediate_size=64, num_hidden_layers=4, vocab_size=150000)
     LlamaConfig(architectures=["LlamaForCausalLM"], **width).save_pretrained(tmp_path)
-    found = {}
-    for n in (1, 2, 0):
-        flags = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 --dtype bfloat16 --recompute-every {n}"
+
+    def predicted(flags):
         with pytest.raises(SystemExit):
-            baselines.main(baselines.parse_args(flags.split()))
-        found[n] = float(re.search(r"^peak +([\d.]+) GB$", capsys.readouterr().out, re.M)[1])
-    assert found[0] > found[1] + 0.1 and abs((found[2] - found[1]) / (found[0] - found[1]) - 0.5) < 0.02
+            more = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 {flags}"
+            baselines.main(baselines.parse_args(more.split()))
+        return float(re.search(r"^peak +([\d.]+) GB$", capsys.readouterr().out, re.M)[1])
+
+    every, half, none = (predicted(f"--dtype bfloat16 --recompute-every {n}") for n in (1, 2, 0))
+    assert none > every + 0.1 and abs((half - every) / (none - every) - 0.5) < 0.02
+    assert predicted("--device cpu") == predicted("--device cpu --recompute-every 0") > 1.5 * none
 
 
 def test_a_dry_run_writes_nothing_and_says_if_it_does_not_fit(tmp_path, capsys, monkeypatch):
