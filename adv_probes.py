@@ -1,9 +1,8 @@
 """Adversarial Probes (Section 3.4, A.2 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). Here the residual stream on text of F is made to look like that on match text M ("I don't
-know"), as seen by a probe after each layer.
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
+Here the residual stream on text of F is made to look to probes like that on match text M ("I don't know").
 
     D_l, a probe per decoder layer: width -> 1024 -> 256 -> 1, one score per token
     for i = 1 .. steps:
@@ -19,11 +18,9 @@ The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the p
 
 1) Probes: LayerNorm without gain (it would undo the clipping) before each linear layer, leaky ReLU, RMSprop;
    widths as in the authors' exploration code; clipping to ±0.1, where Arjovsky et al. have ±0.01.
-2) All probe steps of a model step use one batch's streams, computed once; Arjovsky et al. draw a new batch
-   for each. H(M) has no gradient: F moves towards M, not M towards F.
+2) All probe steps of a model step use one batch; Arjovsky et al. draw new ones. H(M) has no gradient.
 3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows.
-4) SWD: raw streams (at RMS 1 per token little is unlearned); 128 directions per step for all layers; a sample
-   of N(0, I) per token. BOS and pads are masked out.
+4) SWD: raw streams (at RMS 1 little is unlearned), 128 directions per step. BOS and pads are masked out.
 5) The distance has weight 1; 1000 steps; AdamW without weight decay at a linearly decaying rate. The probes'
    gradient goes with 1/|h|, SWD's with |h|, and streams differ a thousandfold in |h|: watch `balance`.
 
@@ -102,12 +99,8 @@ def parse_args(argv=None):
         parser.error("--steps, --probe-steps, --batch, --log-every start at 1, --tokens at 2")
     if not 4 <= args.probe_width <= 1 << 16 or not (0 < args.lr < 1 and 0 < args.probe_lr < 1):
         parser.error("--probe-width goes from 4 to 65536; 0 < --lr, --probe-lr < 1")
-    probe_flags = ("probe_steps", "match", "probe_lr", "probe_width")
-    given = [flag for flag in probe_flags if getattr(args, flag) != parser.get_default(flag)]
-    if args.swd and given:
-        parser.error(f"--swd has no probes and no match text; drop --{', --'.join(given).replace('_', '-')}")
-    if args.dry_run:
-        args.steps = args.probe_steps = 1  # more steps hold no more
+    if args.swd and (given := [x for x in argv if x.startswith(("--probe", "--match"))]):
+        parser.error(f"--swd has no probes and no match text; drop {', '.join(given)}")
     return args
 # fmt: on
 
@@ -164,9 +157,7 @@ def sliced_wasserstein(x, y, mask):
 
 def all_rows(x):
     """(B, ...), the rows of the whole batch in its order, from those of this rank. Differentiable."""
-    if ranks() == 1:
-        return x
-    return torch.stack(all_gather(x.contiguous()), 1).flatten(0, 1)  # see Stream
+    return torch.stack(all_gather(x.contiguous()), 1).flatten(0, 1) if ranks() > 1 else x  # see Stream
 
 
 def swd_loss(H, mask, *key, lines=128):
@@ -222,8 +213,7 @@ def adv_probes(
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     probe_*         probe steps per model step; their learning rate; their first hidden width
     freeze          keep embedding and output head as they are
-    weight          of the distance, against L's 1
-    seed            of probes, noise and rounding
+    weight, seed    of the distance, against L's 1; of probes, noise and rounding
     log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
     own = ()  # what the probes add to the state
@@ -280,11 +270,8 @@ def main(args):
     if match and min(len(match.encode(j)) for j in range(len(texts))) < args.tokens:
         fail(f"--match {args.match}: this tokenizer makes too few tokens of a text; lower --tokens")
     run.begin(tokens=(2 if args.swd else 3) * args.batch * args.tokens)
-    adv_probes(
-        model, forget, retain, match, steps=args.steps, lr=args.lr, probe_steps=args.probe_steps,
-        probe_lr=args.probe_lr, probe_width=args.probe_width, freeze=args.freeze, weight=args.weight,
-        seed=args.seed, **run.phase(),
-    )  # fmt: skip
+    names = ("steps", "lr", "probe_steps", "probe_lr", "probe_width", "freeze", "weight", "seed")
+    adv_probes(model, forget, retain, match, **{x: getattr(args, x) for x in names}, **run.phase())
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

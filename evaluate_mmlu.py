@@ -10,22 +10,19 @@ Where the paper is silent, our choices are those of the standard protocol, to th
              log p(" D") is the answer
     cloze    the same without the options; the largest log p(" option's text") per character is the answer
 
-Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*) into the checkpoint directory, or out/OWNER--MODEL for a
-name on the hub: accuracies, standard errors, the shares of predicted letters (always answering D scores 30 %
-on the forget subjects), and what was asked; of other questions, mmlu.DIGEST.json. --table reads what the
-scripts wrote under a directory and prints (3.2)
+Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*; other questions: mmlu.DIGEST.*) into the checkpoint
+directory, or out/OWNER--MODEL for a name on the hub: accuracies, standard errors, shares of predicted letters
+(always D scores 30 % on the forget subjects). --table reads what the scripts wrote and prints (3.2)
 
     Score_U = (F_init - F) + (R - R_init)    Score_R = F_init - F'    Composite = (Score_U + Score_R) / 2
 
 F, R: forget and retain accuracy in percent, of the base model (init), the unlearned one, and the attacked
 one ('). Runs that differ only in their seed, or in the miniature's world, are one row: mean and standard
-error over these runs; a single run has the standard error of its questions. A dagger: in some run of the row,
-the attack cost more than 10 points of retain accuracy. Where recover.py --sweep ran, the worst case follows.
+error over these runs. Where recover.py --sweep ran, the worst case follows.
 
     python evaluate_mmlu.py --ckpt tests/tiny/world0/base   # the miniature's base, on its own MMLU, 3 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
-    python evaluate_mmlu.py --table out --paper             # Markdown tables, the paper's numbers below ours
-    python evaluate_mmlu.py --table out --to latex          # or csv, json: all columns, a line per row
+    python evaluate_mmlu.py --table out --paper             # Markdown (--to csv ..), the paper's below ours
 """
 
 import argparse
@@ -123,8 +120,7 @@ class Exam(dict):
     """{subject: (shots, questions)}, a question being (text, four choices, answer 0..3).
 
     forget  the subjects of the forget set; the others are the retain set
-    shots   at most, per question
-    split   of the questions
+    shots   at most, per question; split: "test" or "validation"
     plans   its prompts, tokenised: kept for the next scoring
     """
 
@@ -242,8 +238,7 @@ def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
 
     exam    from load_mmlu
     form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
-    budget  tokens per batch, see score_rows
-    preface text before every prompt
+    budget  tokens per batch, see score_rows; preface: text before every prompt
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
     model.eval()
@@ -258,18 +253,16 @@ def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
         found = np.zeros((len(questions), 4))
         for (j, options), scores in score_rows(model, rows, budget):
             found[j, options] = scores
-        for j, (logprobs, (_, choices, answer)) in enumerate(zip(found, questions)):
+        for j, (logprobs, (_, choices, true)) in enumerate(zip(found, questions)):
             size = 1 if form == "letter" else [max(len(c), 1) for c in choices]
-            best, kept = (logprobs / size).argmax(), [round(x, 6) for x in logprobs.tolist()]
-            answers.append({"subject": subject, "index": j, "logprobs": kept})
-            answers[-1] |= {"prediction": "ABCD"[best], "answer": "ABCD"[answer]}
+            top, kept = "ABCD"[(logprobs / size).argmax()], [round(x, 6) for x in logprobs.tolist()]
+            answers.append(dict(subject=subject, index=j, logprobs=kept, prediction=top, answer="ABCD"[true]))
     return summarise(answers, exam.forget) | {"protocol": exam.protocol(form)}, answers
 
 
 def summarise(answers, forget=FORGET):
     """mmlu.json's accuracies, forget and retain: acc, the mean over subjects. Standard errors are of the
     sampling of questions: sqrt(p (1 - p) / (n - 1)) per subject, added in quadrature."""
-
     frame = pandas.DataFrame(answers)
     right = (frame.prediction == frame.answer).astype(float)
     subjects, result = right.groupby(frame.subject, sort=False).agg(["mean", "sem", "size"]).fillna(0), {}
@@ -357,8 +350,7 @@ def read_states(folder):
 def worst_case(attacks, draws=1000):
     """The highest forget accuracy that attackers of one checkpoint reached without damage, percent.
 
-    attacks  {attacker: its states, see read_states}
-    draws    of the bootstrap, see below
+    attacks  {attacker: its states, see read_states}; draws: of the bootstrap, see below
 
     A state counts if it is not `damaged`; the checkpoint's own always does. The highest of many is high by
     chance too, so `worst` is cross-fitted: the best state on one half of the questions (every second one of a
@@ -518,8 +510,8 @@ def markdown(rows, heads, paper=False):
 
     lines = ["| | " + " | ".join(heads.values()) + " | runs |", "|---" * (len(heads) + 2) + "|"]
     for name, row in rows.items():
-        n = row["swept" if heads is WORST else "runs"]
-        lines.append(f"| {name} | " + " | ".join(cell(row, k) for k in heads) + f" | {n} |")
+        cells = *(cell(row, k) for k in heads), row["swept" if heads is WORST else "runs"]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         if paper and name in ROWS:
             lines.append("| *paper* | " + " | ".join(f"*{x:.1f}*" for x in ROWS[name][2]) + " | |")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """MLAC-AR (Section 3.5, Algorithm 1 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). MLAC-AR trains against that adversary: in each outer step it plays one, and then moves the
-weights so that the loss which that adversary reached on other forget text would have been higher.
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
+MLAC-AR trains against that adversary: in each outer step it plays one, and then moves the weights so that
+the loss which that adversary reached on other forget text would have been higher.
 
     for i = 1 .. N:
         φ ← 0;  ω_0 ← θ;  x_heldout ~ F;  x_r ~ R
@@ -82,8 +82,6 @@ def parse_args(argv=None):
         parser.error("--K, --N, --batch, --log-every start at 1, --tokens at 2")
     if not (0 <= args.alpha < 1e9 and 0 < args.lr < 1):
         parser.error("--alpha starts at 0; 0 < --lr < 1")
-    if args.dry_run:
-        args.N, args.K = 1, min(args.K, 2)  # more steps hold no more
     return args
 # fmt: on
 
@@ -148,10 +146,8 @@ def main(args):
     model = run.load(args.model)
     forget, retain = run.stream("forget", (args.K + 1) * args.batch), run.stream("retain", args.batch)
     run.begin(tokens=(2 * args.K + 1) * args.batch * args.tokens)
-    mlac_ar(
-        model, forget, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer,
-        seed=args.seed, **run.phase(),
-    )  # fmt: skip
+    chosen = dict(K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer)
+    mlac_ar(model, forget, retain, **chosen, seed=args.seed, **run.phase())
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

@@ -1,9 +1,8 @@
 """Random Mapping (Section 3.4 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). Random Mapping drives the residual stream on text of F to noise; by itself it is not robust,
-and rmat.py continues from it.
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
+Random Mapping drives the residual stream on text of F to noise; by itself it is not robust, see rmat.py.
 
     r[v] ~ N(0, I) for each token id v, drawn once                   # targets, the same for all layers
     for i = 1 .. steps:
@@ -11,21 +10,15 @@ and rmat.py continues from it.
         loss = w · mean over layers and tokens of 1 - cos(H_l, r[x_f])  +  L(θ; x_r)
         θ ← AdamW(θ, ∇loss, lr)
 
-θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy. Where the paper is silent, our
-choices:
+θ: weights; x_f, x_r: batches of text of F and R; L: next-token loss. Where the paper is silent, our choices:
 
-1) "Hashing" a token is indexing the table of targets by its id.
-2) The streams are outputs of the decoder layers: the embeddings know the token alone, the same in F and R.
-3) The cosine is signed ("maximizing cosine similarity"); the authors' later code has 1 - |cos|.
-4) BOS and pads are masked out: the state of a causal model at BOS is the same for every text.
-5) w, measured before step 1, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). That
-   of a cosine goes with 1/|h|: with w = 1, the ratio would be 1/159 on Qwen2.5-Coder-1.5B, and nothing
-   unlearned. The miniature has w = 1: its ratio is 0.3 after the first step.
-6) AdamW without weight decay, 36 steps: there forget accuracy fell from 54 to 41 (README). The learning rate
-   rises over `--warmup` steps; it falls linearly to 0.
+1) "Hashing" a token is indexing the targets by its id; the streams are the decoder layers' outputs.
+2) The cosine is signed ("maximizing"; the authors' later code has 1 - |cos|). BOS and pads are masked out.
+3) w, measured once, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). With w = 1 the
+   ratio goes with 1/|h|: 1/159 on Qwen2.5-Coder-1.5B (nothing is unlearned), 0.3 on the miniature (w = 1).
+4) AdamW without weight decay; its learning rate rises over `--warmup` steps and falls linearly to 0.
 
-Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU, updated with stochastic
-rounding), the (V, D) targets, and checkpointed activations.
+Memory: weights, gradient, two moments (bf16 on a GPU), the (V, D) targets, and checkpointed activations.
 
 Metrics: `forget`, the mapping loss: 0 on target, 1 for unrelated directions, 2 opposite; `retain`, L(θ; x_r)
 in nats per token; `balance`, the ratio of their gradients' norms. Healthy: forget falls from 1, retain stays
@@ -59,7 +52,7 @@ def parse_args(argv=None):
     add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default="out/random_mapping", help="checkpoint directory to write")
     add("--lr", type=float, default=4e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
-    add("--steps", type=int, default=36, help="optimizer steps (paper: not stated)")
+    add("--steps", type=int, default=36, help="optimizer steps (paper: not stated; chosen on a real model)")
     add("--warmup", type=int, default=4, help="steps over which the learning rate rises from 0")
     add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
@@ -80,8 +73,6 @@ def parse_args(argv=None):
         parser.error("--steps, --warmup, --batch, --log-every start at 1, --tokens at 2")
     if not (0 <= args.balance < 1e9 and 0 < args.lr < 1):
         parser.error("--balance starts at 0; 0 < --lr < 1")
-    if args.dry_run:
-        args.steps = 1  # more steps hold no more
     return args
 # fmt: on
 
@@ -90,7 +81,6 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
-import torch.nn.functional as F
 
 from common import (
     Optimizer, Run, all_steps, backward, balancing_weight, check_finite, generator, mean,
@@ -107,11 +97,11 @@ def random_targets(model, seed):
 def mapping_loss(model, ids, mask, r):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    ids, mask  (B, T), a batch; the first position (BOS) is left out
+    ids, mask  (B, T), a batch; the first position (BOS), whose state is the same in every text, is left out
     r          (V, D), the target of each token
     """
     H, targets = residual_streams(model, ids), r[ids][:, 1:].float()
-    distances = [1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H]  # (B, T - 1) each
+    distances = [1 - torch.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H]  # (B, T - 1) each
     return torch.stack([mean(d, mask[:, 1:]) for d in distances]).mean()
 
 
@@ -121,9 +111,8 @@ def random_mapping(
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate, falling linearly to 0
+    steps, lr       optimizer steps; learning rate, rising over `warmup` steps, falling linearly to 0
     balance         norm of the weighted mapping loss's gradient at step 1, over L's; 0: its weight is 1
-    warmup          steps over which the learning rate rises
     seed            of targets and rounding
     log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
@@ -146,10 +135,8 @@ def main(args):
     model = run.load(args.model)
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     run.begin(tokens=2 * args.batch * args.tokens)
-    random_mapping(
-        model, forget, retain, steps=args.steps, lr=args.lr, balance=args.balance, warmup=args.warmup,
-        seed=args.seed, **run.phase(),
-    )  # fmt: skip
+    chosen = dict(steps=args.steps, lr=args.lr, balance=args.balance, warmup=args.warmup, seed=args.seed)
+    random_mapping(model, forget, retain, **chosen, **run.phase())
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 

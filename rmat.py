@@ -1,27 +1,23 @@
 """RMAT (Sections 3.4 and 3.5 of *Toward Robust Unlearning for LLMs*, Tamirisa et al., 2024).
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). RMAT, Random Mapping Adversarial Training, first destroys what the model represents of F
-and then trains against the adversary.
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
+RMAT (Random Mapping Adversarial Training) destroys what the model represents of F, then resists its recovery.
 
     θ ← random_mapping(θ)      # rm_steps steps: residual stream on text of F to noise, next-token loss on R
     θ ← mlac_ar(θ)             # N outer steps (Algorithm 1): K adversary steps on F; down ∇L(θ; x_r), up φ
 
-θ, ω: weights, and the adversary's; x_r: a batch of text of R; L: next-token cross-entropy; φ: the sum, over
-the adversary's K steps, of the gradient of its loss on other text of F. The functions are word for word those
-of random_mapping.py and mlac_ar.py, whose docstrings have the algorithms and our choices. Here one more: the
-mapping loss is not kept in the second phase ("followed by").
+θ, ω: weights, and the adversary's; x_r: a batch of text of R; L: next-token loss; φ: the sum, over the
+adversary's K steps, of the gradient of its loss on other text of F. Both functions are word for word those of
+random_mapping.py and mlac_ar.py: see there. The mapping loss is not kept in the second phase (our choice).
 
 The result of the first phase is saved as a checkpoint of its own, OUT/random_mapping: nothing that goes wrong
 later loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
 
-Memory: as in mlac_ar.py, whose peak is the larger one; it does not depend on K. θ and the outer loop's
-moments are in pinned host memory during the inner loop, 40 GB for 7B.
+Memory: as in mlac_ar.py, whose peak is the larger one: 57 GB for 7B, and 40 GB of pinned host memory.
 
-Metrics: `forget` (mapping loss, 0 to 2) and `retain` (nats per token) in phase random_mapping; `retain`,
-`adversary`, `heldout` (nats per token) and `phi` (‖α/K φ‖) in phase mlac_ar; in both `balance`, the ratio of
-the norms of the gradients on F and on R.
+Metrics: phase random_mapping: `forget` (mapping loss, 0 to 2), `retain`; mlac_ar: `retain`, `adversary`,
+`heldout`, `phi` (‖α/K φ‖); both: `balance`, norm of the gradient on F over that on R. Losses: nats per token.
 
     python rmat.py --tiny               # the miniature on a laptop, 2.5 min       -> out/rmat
     python rmat.py --lr 2e-5 --K 4      # Llama-2-7b-chat on one 80 GB GPU, bf16   -> out/rmat
@@ -80,8 +76,6 @@ def parse_args(argv=None):
         parser.error("--rm-steps, --alpha and --balance start at 0")
     if not (0 < args.lr < 1 and 0 < args.rm_lr < 1):
         parser.error("0 < --lr, --rm-lr < 1")
-    if args.dry_run:
-        args.rm_steps, args.N, args.K = min(args.rm_steps, 1), 1, min(args.K, 2)  # more steps hold no more
     return args
 # fmt: on
 
@@ -90,7 +84,6 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
-import torch.nn.functional as F
 
 from common import (
     HostCopy, Optimizer, Run, all_steps, backward, balancing_weight, check_finite, generator, mean,
@@ -107,11 +100,11 @@ def random_targets(model, seed):
 def mapping_loss(model, ids, mask, r):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    ids, mask  (B, T), a batch; the first position (BOS) is left out
+    ids, mask  (B, T), a batch; the first position (BOS), whose state is the same in every text, is left out
     r          (V, D), the target of each token
     """
     H, targets = residual_streams(model, ids), r[ids][:, 1:].float()
-    distances = [1 - F.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H]  # (B, T - 1) each
+    distances = [1 - torch.cosine_similarity(h[:, 1:].float(), targets, dim=-1) for h in H]  # (B, T - 1) each
     return torch.stack([mean(d, mask[:, 1:]) for d in distances]).mean()
 
 
@@ -121,9 +114,8 @@ def random_mapping(
     """Random Mapping (3.4) of `model`, in place.
 
     forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    steps, lr       optimizer steps; learning rate, falling linearly to 0
+    steps, lr       optimizer steps; learning rate, rising over `warmup` steps, falling linearly to 0
     balance         norm of the weighted mapping loss's gradient at step 1, over L's; 0: its weight is 1
-    warmup          steps over which the learning rate rises
     seed            of targets and rounding
     log, steps_left called as log(i, steps, forget=, retain=, norms=); yields the steps, see common.Run
     """
@@ -195,15 +187,11 @@ def main(args):
     forget_K = run.stream("forget", (args.K + 1) * args.batch)
     run.begin(tokens=(2 * args.K + 1) * args.batch * args.tokens)
     if args.rm_steps:
-        random_mapping(
-            model, forget, retain, steps=args.rm_steps, lr=args.rm_lr, balance=args.balance,
-            warmup=args.warmup, seed=args.seed, **run.phase("random_mapping"),
-        )  # fmt: skip
+        chosen = dict(steps=args.rm_steps, lr=args.rm_lr, balance=args.balance, warmup=args.warmup)
+        random_mapping(model, forget, retain, **chosen, seed=args.seed, **run.phase("random_mapping"))
         run.save("random_mapping", data=args.data)
-    mlac_ar(
-        model, forget_K, retain, K=args.K, N=args.N, lr=args.lr, alpha=args.alpha,
-        optimizer=args.optimizer, seed=args.seed, **run.phase("mlac_ar"),
-    )  # fmt: skip
+    chosen = dict(K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer)
+    mlac_ar(model, forget_K, retain, **chosen, seed=args.seed, **run.phase("mlac_ar"))
     run.save(data=args.data)
     say(f"next: python recover.py --ckpt {args.out}")
 
