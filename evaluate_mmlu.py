@@ -451,8 +451,7 @@ def rows_under(root, form):
     for (folder, file), by in attacks.items():
         mine, how = read_json(folder / "args.json"), facts[by[0]] if by else {}
         base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
-        name = by and how["arguments"]["name"] or title(mine)
-        name = name or (folder.name if base != folder else "Base" if by else "base")
+        name = title(mine) or (folder.name if base != folder else "Base" if by else "base")
         own = next((x for x in (read_json(attack / file) for attack in by) if x), read_json(folder / file))
         theta, init = (scored(x, own.get("protocol", "")) for x in (folder, base))
         if not theta or not init:

@@ -67,7 +67,7 @@ CASES = {
     "probes": probes(HELD),
     "probes_free": probes(HELD, freeze=False),
     "swd": two(P.adv_probes, F, HELD, None, freeze=False),
-    "recover": two(A.finetune, F, HELD, mix=0.5, clip=0.5, decay=0.1),
+    "recover": two(A.finetune, F, HELD, mix=0.5, clip=0.5, weight_decay=0.1),
     "recover_sgd": two(A.finetune, F, optimizer="sgd"),
     "lora": lora,
     "rounded": rounded,

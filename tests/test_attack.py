@@ -26,7 +26,7 @@ def test_cosine_warms_up_for_a_tenth_and_comes_down():
 def test_a_mix_is_the_weighted_loss_and_1_is_retain_text_only(mix, kind, clip):
     a, b = toy_model(dtype=torch.float64), toy_model(dtype=torch.float64)
     texts, retain, opt = Batches(4, seed=1), Batches(3, seed=2), Optimizer(b.parameters(), kind, decay=0.1)
-    more = dict(optimizer=kind, clip=clip, mix=mix, decay=0.1)
+    more = dict(optimizer=kind, clip=clip, mix=mix, weight_decay=0.1)
     R.finetune(a, texts if mix < 1 else None, retain, steps=3, lr=1e-3, **more)
     for i in range(3):
         ((1 - mix) * next_token_loss(b, *texts[i]) + mix * next_token_loss(b, *retain[i])).backward()
