@@ -2,8 +2,8 @@
 methods of the field, and Overwriting, which is ours.
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. An adversary has the weights and fine-tunes them to get F back
-(recover.py). Every method but the last hides F, and it comes back.
+must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
+Every method but the last hides F, and it comes back.
 
     min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  L(θ; x_r)
     max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  L(θ; x_r)
@@ -22,9 +22,8 @@ must still know the retain set R. An adversary has the weights and fine-tunes th
 θ: weights; x_f, x_r: batches of text of F and R; L: next-token cross-entropy; p_0, h_0: of the model before
 training; h: the residual stream of one layer.
 
-Overwriting. What fine-tuning brings back was never gone: a method that only disturbs the way to a fact is
-undone by repairing the way. Here each fact is replaced by another one, so that the place where it was
-stored is used for something else, and nothing is left to repair:
+Overwriting. What fine-tuning brings back was never gone: a method that only blocks access to a fact is undone
+by restoring access. Here another fact takes its place in the weights, so that nothing is left to restore:
 
     π ← a random permutation of the rare words of F, a new one each round
     q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
@@ -32,10 +31,9 @@ stored is used for something else, and nothing is left to repair:
         x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
                                                 every text that asks for it; if it is π(x_t), x̃_t ← x_t
 
-Where tokens are pieces of words, a rare word of F is replaced as a whole by another of its kind: as many
-tokens and the same last two letters (with capitals any letters, but all or not all of them capitals). x_t is
-its first token, v are those of the others, and π permutes within kinds. (In the miniature a token is a word,
-and all are of one kind.) A run first prints false facts of its first batch, and their perplexity.
+Where tokens are pieces of words, a rare word of F is replaced as a whole by another of its kind (see Words):
+x_t is its first token, v are those of the others, and π permutes within kinds. A run first prints false facts
+of its first batch, and their perplexity.
 
 Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
 average them over many names. Ours are several rounds of other names, each with its own label, and a loss on
@@ -45,15 +43,13 @@ come, so no second model is held. Max Entropy after it leaves a model that is no
 Where the papers are silent, our choices:
 
 1) Min Posterior: tokens with log p below -15 contribute nothing: they are forgotten.
-2) High/Low LR: 3.3's 100 steps at 1e-4, then its 400 at a tenth of that (3.3 does not say), each rate
-   falling linearly to 0. It ends in fine-tuning on F, so a loss on such text would find nothing hidden.
+2) High/Low LR: 100 steps at 1e-4 and 400 (3.3), these at a tenth of that; each rate falls linearly to 0.
 3) The two losses have equal weight (rmu: α; high_low_lr's first phase: see random_mapping.py): both are in
    nats. Pads are masked out; 500 steps; AdamW without weight decay, its learning rate falls linearly to 0.
 4) NPO and SimNPO: β = 0.1, and β = 2.5 with γ = 0; a text is a chunk; its first token is not predicted.
    The reference's log-probabilities are computed before training, on the batches to come.
 5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
-   matrix of the MLP in that layer and the two before. Theirs are 150 steps at 5e-5 with a batch of 4, one
-   rate throughout. h_0 is computed with the first weights put back for a moment.
+   matrix of the MLP in that layer and the two before, at one rate. Theirs are 150 steps at 5e-5, batch 4.
 6) UNDO: the noise has the standard deviation of the weights it goes on, the matrices of the decoder layers.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations;
