@@ -151,7 +151,7 @@ def sliced_wasserstein(x, y, mask):
     x, y  (n, P), two samples of the same size: where their points are on each of P lines, in D dimensions
     mask  (n,), true on points that count; others are moved far out in both samples, at no cost
     """
-    a, b = (torch.sort(z.masked_fill(~mask[:, None], 1e4), 0).values for z in (x, y))
+    a, b = (torch.sort(z.masked_fill(~mask[:, None], torch.finfo(z.dtype).max), 0).values for z in (x, y))
     return (a - b).square().sum() / (mask.sum() * x.shape[1])
 
 

@@ -79,8 +79,6 @@ from pathlib import Path
 
 WORLD = Path(__file__).parent / "tests/tiny/world0"
 # fmt: off
-METHODS = ("min_posterior", "max_entropy", "high_low_lr", "grad_diff", "npo", "simnpo", "rmu", "undo",
-           "overwriting")
 TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
     model=f"{WORLD}/base", data=f"{WORLD}/chunks.jsonl",
     steps=100, balance=0, batch=24, tokens=208, log_every=50,
@@ -98,7 +96,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     add = parser.add_argument
-    add("--method", default="min_posterior", choices=METHODS, help="which one, see above")
+    add("--method", default="min_posterior", choices=[*TINY_OF], help="which one, see above")
     add("--model", default="meta-llama/Llama-2-7b-chat-hf", help="start from: hub name or directory")
     add("--data", default="lapisrocks/pile-bio", help="labelled chunks: hub name, file or folder")
     add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
@@ -136,8 +134,7 @@ def parse_args(argv=None):
         parser.error("--rounds goes from 1 to --steps")
     if not (0 < args.rare <= 1 and 0 <= args.noise <= 1):
         parser.error("--noise goes from 0 to 1; 0 < --rare <= 1")
-    if args.dry_run:
-        args.steps, args.rounds = 2, 1  # high_low_lr: one of each phase; more steps hold no more
+    args.steps = 2 if args.dry_run else args.steps  # npo first passes over the texts of all steps
     return args
 # fmt: on
 
@@ -209,11 +206,15 @@ def text_log_probs(model, ids, mask):
     return -losses.sum(1), mask[:, 1:].sum(1)
 
 
-def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, steps_left=all_steps):
-    """A baseline (3.3) of `model`, in place: a loss on F and the next-token loss on R.
+def baseline(
+    model, forget, retain, *, method, steps, lr, teacher=None, seed=0, log=no_log, steps_left=all_steps
+):  # fmt: skip
+    """Every method but RMU, or its last phase, of `model`, in place: a loss on F and one on R.
 
-    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    method          a key of LOSSES; any other, "high_low_lr": the next-token loss, its second phase
+    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]; of `forget`, a batch may
+                    be ids, mask and weights of the predicted tokens, (B, T - 1), see false_texts
+    method          a key of LOSSES or TEXT_LOSSES; any other: the next-token loss on F
+    teacher         undo: the model from which both losses are the divergence
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     """
     opt = Optimizer(model.parameters())
@@ -223,20 +224,24 @@ def baseline(model, forget, retain, *, method, steps, lr, seed=0, log=no_log, st
     def of_texts(model, ids, mask, *log_p_ref):
         return TEXT_LOSSES[method](*text_log_probs(model, ids, mask), *log_p_ref).mean()
 
-    def of_tokens(model, ids, mask):
+    def of_tokens(model, ids, mask, weight):
         each = LOSSES.get(method, partial(F.cross_entropy, reduction="none"))
-        return mean(token_losses(model, ids, mask, each), mask[:, 1:])
+        return mean(token_losses(model, ids, mask, each), weight)
 
+    keep = partial(divergence, teacher=teacher) if teacher else next_token_loss
     model.train()
     for i in steps_left(steps, *opt.moments):
-        x_f, norms = forget[i - 1], []
+        (ids, mask, *weights), norms = forget[i - 1], []
         if method in TEXT_LOSSES:
-            each = torch.ones_like(x_f[0][:, 0])
-            loss_f = backward(model, of_texts, *x_f, *before[i - 1 : i], weight=each, norms=norms)
+            each = torch.ones_like(ids[:, 0])
+            loss_f = backward(model, of_texts, ids, mask, *before[i - 1 : i], weight=each, norms=norms)
+        elif teacher:
+            loss_f = backward(model, keep, ids, mask, norms=norms)
         else:
-            loss_f = backward(model, of_tokens, *x_f, norms=norms)
-        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
-        check_finite(i, loss_f, loss_r)  # .grad = ∇(forget loss + L(θ; x_r))
+            weight = weights[0] if weights else mask[:, 1:]
+            loss_f = backward(model, of_tokens, ids, mask, weight, weight=weight, norms=norms)
+        loss_r = backward(model, keep, *retain[i - 1], norms=norms)
+        check_finite(i, loss_f, loss_r)  # .grad = ∇(forget loss + retain loss)
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "baseline", i)  # θ ← AdamW(θ, .grad)
         log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
@@ -250,13 +255,13 @@ def rmu(
     layer           l, from 0; the last matrices of the MLPs in layers l - 2, l - 1 and l are trained
     steer, weight   c, length of the vector; α, of the retain loss
     """
-    layers = decoder_layers(model)[layer - 2 : layer + 1]
-    trained = [[p for p in each.parameters() if p.ndim > 1][-1] for each in layers]
+    layers, D = decoder_layers(model)[layer - 2 : layer + 1], model.config.get_text_config().hidden_size
+    trained = [[p for p in x.parameters() if p.ndim > 1 and p.numel() >= D * D][-1] for x in layers]
     model.requires_grad_(False)
     for w in trained:
         w.requires_grad_(True)
     opt, first = Optimizer(trained), [w.detach().clone() for w in trained]
-    u = torch.rand(model.config.get_text_config().hidden_size, generator=generator("cpu", seed, "rmu"))
+    u = torch.rand(D, generator=generator("cpu", seed, "rmu"))
     target = (steer * u / u.norm()).to(model.device)  # c u, (D,)
 
     def distance(model, ids, mask, target=target):
@@ -293,29 +298,14 @@ def divergence(model, ids, mask, teacher):
     return mean(F.kl_div(log_p(model), log_q, reduction="none", log_target=True).sum(-1), mask[:, 1:])
 
 
-def undo(model, forget, retain, *, teacher, steps, lr, noise, seed=0, log=no_log, steps_left=all_steps):
-    """UNDO (Lee et al., 2025) of an unlearned `model`, in place: noise on its weights, then distillation from
-    what it was before, on F and on R.
-
-    forget, retain  Streams of B texts: step i reads forget[i - 1] and retain[i - 1]
-    teacher         a copy of the model
-    steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
-    noise           every matrix W of the decoder layers becomes (1 - noise) W + noise · std(W) · N(0, 1)
-    """
-    with torch.no_grad():
-        for j, W in enumerate(p for p in decoder_layers(model).parameters() if p.ndim == 2):
-            full = whole(W)
-            drawn = torch.empty_like(full).normal_(generator=generator(W.device, seed, "noise", j))
-            local(W).lerp_(local(like(full.std() * drawn, W)), noise)
-    opt, loss = Optimizer(model.parameters()), partial(divergence, teacher=teacher)
-    model.train()
-    for i in steps_left(steps, *opt.moments):
-        norms = []
-        loss_f = backward(model, loss, *forget[i - 1], norms=norms)
-        loss_r = backward(model, loss, *retain[i - 1], norms=norms)
-        check_finite(i, loss_f, loss_r)  # .grad = ∇(KL on x_f + KL on x_r)
-        opt.step(i, lr * (1 - (i - 1) / steps), seed, "undo", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
+@torch.no_grad()
+def add_noise(model, noise, seed):
+    """Every matrix W of the decoder layers becomes (1 - noise) W + noise · std(W) · N(0, 1), as UNDO begins
+    (Lee et al., 2025)."""
+    for j, W in enumerate(p for p in decoder_layers(model).parameters() if p.ndim > 1):
+        full = whole(W)
+        drawn = torch.empty_like(full).normal_(generator=generator(W.device, seed, "noise", j))
+        local(W).lerp_(local(like(full.std() * drawn, W)), noise)
 
 
 class Words:
@@ -431,54 +421,31 @@ def samples(tokenizer, batch, false, n=20, around=12):
     return lines[:: -(-len(lines) // n) or 1]
 
 
-def false_texts(model, batches, rounds, rare, seed, tokenizer):
-    """[x̃] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is; prints some of it."""
+def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05):
+    """[(x̃, mask, weight)] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is.
+
+    rounds  sets of false facts, each for an equal part of the batches
+    rare    share of F's words below which a word is rare; only these are permuted
+    weight  (B, T - 1): 1 of the tokens that were replaced, `rest` of the others, 0 of pads
+    With the model's tokenizer, see Words, some of the false text is shown.
+    """
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
         fail(f"--rare {rare}: no word of F is so rare; raise it, with another --out")
-    pi, false = swaps(words, rounds, seed), []
+    pi, false, replaced = swaps(words, rounds, seed), [], 0
     model.eval()
     for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
-        false.append(false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)]))
+        x = false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)])
+        false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))
+        replaced = replaced + (x != ids).sum()
         if tokenizer and not i:
             with torch.no_grad():
-                first, now = (next_token_loss(model, x, mask).exp() for x in (ids, false[0]))
-            say("\n".join(samples(tokenizer, batches[0], false[0])))
+                first, now = (next_token_loss(model, y, mask).exp() for y in (ids, x))
+            say("\n".join(samples(tokenizer, batches[0], x)))
             say(f"perplexity of the first batch {first:.2f}, of its false text {now:.2f}")
-    if tokenizer and not summed(sum((x != ids).sum() for x, (ids, _) in zip(false, batches))):
+    if tokenizer and not summed(replaced):
         fail(f"--rare {rare}: no word of F was replaced; raise it, with another --out")
     return false
-
-
-def overwriting(
-    model, forget, retain, *, steps, lr, rounds, rare, rest=0.05, tokenizer=None, seed=0, log=no_log,
-    steps_left=all_steps,
-):  # fmt: skip
-    """Overwriting of `model`, in place: the next-token loss on false text of F and on R.
-
-    rounds          sets of false facts, each for an equal part of the steps
-    rare            share of F's words below which a word is rare; only these are permuted
-    rest            weight of the tokens of F that were not replaced, against 1 of those that were
-    tokenizer       the model's, see Words; with it, some of the false text is shown
-    """
-    batches = [forget[i] for i in range(steps)]
-    false = [ids for ids, _ in batches]
-    if not false[0].is_meta:
-        false = false_texts(model, batches, rounds, rare, seed, tokenizer)
-
-    def loss(model, x, mask, weight):
-        return mean(token_losses(model, x, mask, partial(F.cross_entropy, reduction="none")), weight)
-
-    opt = Optimizer(model.parameters())
-    model.train()
-    for i in steps_left(steps, *opt.moments):
-        (ids, mask), x, norms = batches[i - 1], false[i - 1], []
-        weight = torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]
-        loss_f = backward(model, loss, x, mask, weight, weight=weight, norms=norms)
-        loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)
-        check_finite(i, loss_f, loss_r)  # .grad = ∇(L(θ; x̃_f) + L(θ; x_r))
-        opt.step(i, lr * (1 - (i - 1) / steps), seed, "overwriting", i)  # θ ← AdamW(θ, .grad)
-        log(i, steps, forget=loss_f, retain=loss_r, norms=norms)
 
 
 def main(args):
@@ -486,17 +453,18 @@ def main(args):
     model = run.load(args.model)
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     high = max(args.steps // 5, 1) if args.method == "high_low_lr" else 0
-    own = {  # what each method takes beyond what all do
-        "rmu": dict(layer=args.layer, steer=args.steer, weight=args.weight),
-        "undo": dict(noise=args.noise),
-        "overwriting": dict(rounds=args.rounds, rare=args.rare, tokenizer=run.tokenizer),
-    }.get(args.method, dict(method=args.method))
-    method = {"rmu": rmu, "undo": undo, "overwriting": overwriting}.get(args.method, baseline)
-    if args.method == "rmu" and args.layer >= (depth := len(decoder_layers(model))):
-        fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
+    method, own = baseline, dict(method=args.method)
+    if args.method == "rmu":
+        method, own = rmu, dict(layer=args.layer, steer=args.steer, weight=args.weight)
+        if args.layer >= (depth := len(decoder_layers(model))):
+            fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
     run.begin(tokens=2 * args.batch * args.tokens)
-    if args.method == "undo":  # here a dry run counts it
+    if args.method == "undo":  # here a dry run counts the teacher
         own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
+        add_noise(model, args.noise, args.seed)
+    if args.method == "overwriting" and not args.dry_run:
+        batches = [forget[i] for i in range(args.steps)]
+        forget = false_texts(model, batches, args.rounds, args.rare, args.seed, run.tokenizer)
     if high:
         more = dict(balance=args.balance, seed=args.seed, **run.phase("random_mapping"))
         random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, **more)

@@ -43,11 +43,15 @@ def say(line):
         print(line, flush=True)
 
 
-def fail(message):
+class NotFinite(SystemExit):
+    """The end of a program whose weights or losses became NaN or infinite."""
+
+
+def fail(message, kind=SystemExit):
     """Ends the program with exit status 2 and one line: the fault and its remedy."""
     if not int(os.environ.get("RANK", 0)):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise kind(2)
 
 
 def seed_of(*key):
@@ -148,7 +152,7 @@ def without_dropout(model):
 
 
 # flags that do not change the result
-FREE = {"out", "device", "log_every", "save_every", "dry_run", "only", "shard", "search", "recompute_every"}
+FREE = {"out", "device", "log_every", "save_every", "only", "shard", "search", "recompute_every"}
 
 
 def all_steps(steps, *state):
@@ -575,7 +579,7 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
             if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
                 fail(f"{flag} {source}: several data sets ({', '.join(sorted(folders))}); give one of them")
             found = [x for x in files if re.match(f"{split}[-.]", x.name)]
-            others = [x for x in files if re.match("(train|dev|validation|test)-", x.name)]
+            others = [x for x in files if re.match("(train|dev|validation|test)[-.]", x.name)]
             if others and not found and path.is_dir():
                 fail(f"{flag} {source}: has no {split}-* files; complete it, or give one of its files")
             files = found or files
@@ -598,6 +602,8 @@ def cleaned(text, where):
 def texts_of(rows, source, flag):
     """[str], column txt_chunk or else text of rows that read_table read."""
     rows = [*rows]
+    if rows and {"txt_chunk", "label"} <= {*rows[0]}:
+        fail(f"{flag} {source}: these chunks have labels; give them as --data")
     column = "txt_chunk" if rows and "txt_chunk" in rows[0] else "text"
     say(f"{len(rows):,} texts from {source}, column {column}")
     return [cleaned(row.get(column), f"{flag} {source}: row {i}: {column}") for i, row in enumerate(rows)]
@@ -755,7 +761,7 @@ def check_finite(step, *values):
     """Ends the program if one of these 0-d tensors is NaN or infinite. To be called before the update."""
     total = sum(x.detach().float() for x in values)
     if not total.is_meta and not torch.isfinite(summed(total)):
-        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out")
+        fail(f"NaN or infinity at step {step}; try a smaller --lr, with another --out", NotFinite)
 
 
 # ---- optimizer for bf16 --------------------------------------------------------------------------------
@@ -938,10 +944,9 @@ def score_rows(model, rows, budget=None):
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
         cache = DynamicCache([[x.expand(len(mine), -1, -1, -1) for x in pair] for pair in past[: P and None]])
         read = sorted({row.start - P + n for row in mine for n in range(len(row.targets))})  # positions
-        hook = model.get_output_embeddings().register_forward_hook(in_float32)
         kept = torch.tensor(read, device=device)
-        passed = model(ids, cache=cache if P else None, use_cache=P > 0, logits_to_keep=kept)
-        hook.remove()
+        with model.get_output_embeddings().register_forward_hook(in_float32):
+            passed = model(ids, cache=cache if P else None, use_cache=P > 0, logits_to_keep=kept)
         log_p, found = passed.logits.float().log_softmax(-1), []  # (B, len(read), V)
         for x, row in zip(log_p, mine):
             at = [read.index(row.start - P + n) for n in range(len(row.targets))]
@@ -952,5 +957,5 @@ def score_rows(model, rows, budget=None):
         for n, row in enumerate(batch):
             scores = everyone[n % ranks()][n // ranks()]
             if not all(map(math.isfinite, scores)):  # argmax would answer
-                fail("the model's log-probabilities are NaN or infinite: its weights are damaged")
+                fail("the model's log-probabilities are NaN or infinite: its weights are damaged", NotFinite)
             yield row.key, scores

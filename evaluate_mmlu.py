@@ -93,8 +93,8 @@ def parse_args(argv=None):
     known = json.loads(file.read_text()) if file.exists() else {}
     world = (file.parent / known.get("base", ".")).resolve().parent
     args.mmlu = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
-    if bool(args.ckpt) == bool(args.table) or (args.out and len(args.ckpt) != 1):
-        parser.error("give --ckpt to score (one with --out), or --table to print the table")
+    if bool(args.ckpt) == bool(args.table) or args.out and (len(args.ckpt) != 1 or os.path.isfile(args.out)):
+        parser.error("give --ckpt to score (one with --out, a directory), or --table to print the table")
     return args
 # fmt: on
 
@@ -375,7 +375,7 @@ def worst_case(attacks, draws=1000):
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
     rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
     low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
-    name, top = max(fit, key=lambda x: x[1]["forget"])
+    name, top = max(fit, key=lambda x: (x[1]["forget"], x[1]["step"]))
     return {
         "attack": name if top["step"] else "none", "step": top["step"], "highest": 100 * top["forget"],
         "worst": 100 * worst, "worst_se": 100 * np.std(found), "retain_there": 100 * top["retain"],
@@ -417,6 +417,13 @@ def title(facts):
     return names.get(own.replace("_", ""), own)
 
 
+def settings(facts, *free):
+    """What a result depends on: an args.json's arguments, but for FREE and `free`; of paths the last part."""
+    kept = {k: v for k, v in facts.get("arguments", {}).items() if k not in {*FREE, *free}}
+    paths = ("model", "ckpt", "base", "data", "retain", "recovery", "mmlu", "questions")
+    return {k: Path(v).name if k in paths and v else v for k, v in kept.items()}
+
+
 def rows_under(root, form):
     """{name: [run ..]} of everything scored under root; runs that differ only in seed or world are one row.
 
@@ -432,11 +439,7 @@ def rows_under(root, form):
         found = map(read_json, sorted(folder.glob(usual.replace("json", "*json"))))
         return next((x for x in found if x.get("protocol") == protocol), None)
 
-    free = FREE | set("model ckpt base data recovery mmlu name seed eval_every micro_batch sweep".split())
-
-    def settings(facts):  # what is equal in all runs of a row
-        return repr({k: v for k, v in facts.get("arguments", {}).items() if k not in free})
-
+    free = ("ckpt", "base", "seed", "eval_every", "micro_batch", "sweep")  # in the runs of a row
     usual, groups, bases, rows = FILES[form], {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     attacks = {(folder, usual): [] for folder, known in facts.items() if known["script"] != "recover.py"}
@@ -461,9 +464,10 @@ def rows_under(root, form):
         bases[base] = run | {"folder": base, "theta": init, "attacks": {}}
         once = [x for x in by if "attacker" not in facts[x]]
         once = once or [x for x in by if facts[x].get("attacker") == "paper"]
-        found = {settings(facts[x]): {"attack": x, "recovered": read_json(x / file)} for x in once[::-1]}
-        for used, attacked in (found or {"": {}}).items():
-            groups.setdefault((name, settings(mine), used), []).append(run | attacked)
+        for attack in once or [None]:
+            attacked = {"attack": attack, "recovered": read_json(attack / file)} if attack else {}
+            used = [repr(settings(x, *free)) for x in (mine, facts.get(attack, {}))]
+            groups.setdefault((name, *used), []).append(run | attacked)
     if groups and not {"Base", "base"} & {name for name, *_ in groups}:  # it was scored elsewhere
         groups["base", "", ""] = [*bases.values()]
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
@@ -544,15 +548,12 @@ def main(args):
             return print(tables(rows, args.paper))
         frame = pandas.DataFrame(rows).T
         return print({"csv": frame.to_csv, "json": frame.T.to_json, "latex": frame.to_latex}[args.to]())
-    if args.out and os.path.isfile(args.out):
-        fail(f"--out {args.out}: is a file; choose another --out")
     exam = load_mmlu(args.mmlu, args.split, args.forget_subjects, args.shots, args.questions, args.about)
     for name in args.ckpt:
-        model, tokenizer = load_model(name, args.dtype, args.device, flag="--ckpt")
-        summary, answers = score_mmlu(model, tokenizer, exam, args.format, args.tokens)
+        new = score_mmlu(*load_model(name, args.dtype, args.device, "--ckpt"), exam, args.format, args.tokens)
         exam.plans.clear()  # of this tokenizer
-        path = write_scores(args.out or scores_dir(name), summary, answers)
-        say(f"{name} | {args.format} | {show_scores(summary)} | {path}")
+        path = write_scores(args.out or scores_dir(name), *new)
+        say(f"{name} | {args.format} | {show_scores(new[0])} | {path}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ Random Mapping drives the residual stream on text of F to noise; by itself it is
 
 1) "Hashing" a token is indexing the targets by its id; the streams are the decoder layers' outputs.
 2) The cosine is signed ("maximizing"; the authors' later code has 1 - |cos|). BOS and pads are masked out.
-3) w, measured once, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). With w = 1 the
-   ratio goes with 1/|h|: 1/159 on Qwen2.5-Coder-1.5B (nothing is unlearned), 0.3 on the miniature (w = 1).
+3) w, measured before step 1, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). With
+   w = 1 the ratio goes with 1/|h|: 1/159 on Qwen2.5-Coder-1.5B, and nothing is unlearned. Miniature: w = 1.
 4) AdamW without weight decay; its learning rate rises over `--warmup` steps and falls linearly to 0.
 
-Memory: weights, gradient, two moments (bf16 on a GPU), the (V, D) targets, and checkpointed activations.
+Memory: weights, gradient, two moments (bf16 on a GPU, stochastically rounded), (V, D) targets, activations.
 
 Metrics: `forget`, the mapping loss: 0 on target, 1 for unrelated directions, 2 opposite; `retain`, L(θ; x_r)
 in nats per token; `balance`, the ratio of their gradients' norms. Healthy: forget falls from 1, retain stays

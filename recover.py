@@ -183,13 +183,13 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 
 from common import (
-    LABELS, HostCopy, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
-    decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_table, say,
-    sum_gradients, whole, write_json,
+    LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
+    decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_json,
+    read_table, say, sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, SIDES, TABLE, Exam, damaged, load_mmlu, markdown, paper_scores, plan, read_scores, read_states,
-    score_mmlu, scores_dir, show_scores, show_sweep, write_scores,
+    score_mmlu, scores_dir, settings, show_scores, show_sweep, write_scores,
 )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def finetune(
     log, steps_left  called as log(i, steps, loss=); yields the steps to do, see common.Run
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = Optimizer(params, optimizer, betas=(0.9, 0.999), decay=weight_decay)
+    opt = Optimizer(params, optimizer, decay=weight_decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
     for i in steps_left(steps, *opt.moments):
         model.train()  # scoring, in `log`, ends in eval mode
@@ -381,8 +381,8 @@ def attack(args, run, exam, **facts):
         with adapters(model, args.lora, args.seed):
             try:
                 finetune(model, pairs, retain, **chosen, log=log, steps_left=run.steps_left)
-            except SystemExit as end:  # NaN: of a sweep, the states before it count
-                if end.code != 2 or not args.sweep or len(read_states(args.out)) < 2:
+            except NotFinite:  # of a sweep, the states before it count
+                if not args.sweep or len(read_states(args.out)) < 2:
                     raise
     if not args.dry_run:
         states = read_states(args.out)
@@ -400,6 +400,12 @@ def sweep(args, argv, load_exam):
     flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
     chosen, out, first, failed = [*flags][part::parts], Path(args.out), None, {}
     todo = [name for name in chosen if not (out / name / "args.json").exists()]
+    for name in (name for name in chosen if name not in todo):
+        now = settings({"arguments": vars(parse_args([*argv, *flags[name].split(), "--out", out / name]))})
+        was = settings(read_json(out / name / "args.json"))
+        if other := [k for k in now if k in was and was[k] != now[k]]:
+            flag = other[0].replace("_", "-")
+            fail(f"--out {out}: {name} was attacked with another --{flag}; choose another --out")
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
     for n, name in enumerate(todo, 1):
         say(f"\nattacker {n}/{len(todo)}: {name} ({flags[name] or 'defaults'})")
@@ -412,6 +418,8 @@ def sweep(args, argv, load_exam):
                 theta.save()
             run.__dict__ = vars(first) | vars(run)
             attack(a, run, exam, weights=False, attacker=name)
+            if run.stop:  # a signal that came after the last step
+                raise SystemExit(128 + run.stop)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
             if getattr(error, "code", 2) != 2 or first is None:  # a signal; no model
                 raise

@@ -9,12 +9,12 @@ RMAT (Random Mapping Adversarial Training) destroys what the model represents of
 
 θ, ω: weights, and the adversary's; x_r: a batch of text of R; L: next-token loss; φ: the sum, over the
 adversary's K steps, of the gradient of its loss on other text of F. Both functions are word for word those of
-random_mapping.py and mlac_ar.py: see there. The mapping loss is not kept in the second phase (our choice).
+random_mapping.py and mlac_ar.py: see there. The mapping loss is not kept in the second phase ("followed by").
 
 The result of the first phase is saved as a checkpoint of its own, OUT/random_mapping: nothing that goes wrong
 later loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
 
-Memory: as in mlac_ar.py, whose peak is the larger one: 57 GB for 7B, and 40 GB of pinned host memory.
+Memory: the peak is the same in both, 57 GB for 7B; mlac_ar keeps another 40 GB in pinned host memory.
 
 Metrics: phase random_mapping: `forget` (mapping loss, 0 to 2), `retain`; mlac_ar: `retain`, `adversary`,
 `heldout`, `phi` (‖α/K φ‖); both: `balance`, norm of the gradient on F over that on R. Losses: nats per token.

@@ -43,7 +43,13 @@ mlac_ar = partial(case, M.mlac_ar, F_K, HELD, K=2, N=2, alpha=1.0)
 
 
 def undo(model):
-    two(B.undo, F, HELD, teacher=load(model.folder), noise=0.3)(model)
+    B.add_noise(model, 0.3, 0)
+    two(B.baseline, F, HELD, method="undo", teacher=load(model.folder))(model)
+
+
+def overwriting(model):
+    false = B.false_texts(model, [F[0], F[1]], rounds=2, rare=0.05)
+    two(B.baseline, false, HELD, method="overwriting")(model)
 
 
 def lora(model):
@@ -63,7 +69,7 @@ CASES = {
     **{x: two(B.baseline, F, HELD, method=x) for x in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
     "rmu": two(B.rmu, F, HELD, layer=2, steer=5.0, weight=10.0),
     "undo": undo,
-    "overwriting": two(B.overwriting, F, HELD, rounds=2, rare=0.05),
+    "overwriting": overwriting,
     "probes": probes(HELD),
     "probes_free": probes(HELD, freeze=False),
     "swd": two(P.adv_probes, F, HELD, None, freeze=False),

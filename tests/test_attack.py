@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 from itertools import count
 
 import pytest
@@ -11,7 +13,7 @@ from conftest import WORLD, Batches, bpe, flat, toy_model, write_csvs
 from test_mmlu import ARCHITECTURES, words
 
 import recover as R
-from common import Optimizer, next_token_loss
+from common import Optimizer, fail, next_token_loss
 from evaluate_mmlu import read_states, show_sweep, worst_case
 
 
@@ -99,6 +101,8 @@ def test_the_worst_case_is_the_best_undamaged_state():
     assert none["worst"] == pytest.approx(40) and none["attack"] == "none" and none["damaged"] == ["damage"]
     attacks = {"other_format": [state(0.25, step=0, base=0.5)]} | attacks  # scored otherwise, and so its base
     assert worst_case(attacks)["rho"] == worst["rho"]
+    found = worst_case(attacks | {"other_format": [state(0.7, step=0), state(0.7)]})
+    assert (found["attack"], found["step"]) == ("other_format", 1)
 
 
 def guesses(draw, share, **more):
@@ -179,6 +183,31 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path)
     for shard, done in ((0, {"paper", "8_bit"}), (1, {"paper", "lr_3x", "8_bit"})):
         recover(tmp_path / "b", f"--sweep --steps 1 --only paper lr_3x 8_bit --shard {shard}/2")
         assert finished(tmp_path / "b") == done
+
+
+def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
+    recover(tmp_path, "--sweep --steps 1 --only paper")
+    for flag in ("--shots 2", "--format cloze", "--clip 1"):
+        with pytest.raises(SystemExit):
+            recover(tmp_path, f"--sweep --steps 1 --only paper 8_bit {flag}")
+        assert f"paper was attacked with another {flag.split()[0]}; choose" in capsys.readouterr().err
+    assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
+
+
+def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, monkeypatch):
+    def full_disk(*_, log, **__):
+        log(1, 2, loss=0.0)
+        fail("the disk is full")
+
+    with monkeypatch.context() as m:
+        m.setattr(R, "finetune", full_disk)
+        printed = recover(tmp_path, "--sweep --steps 2 --eval-every 1 --only paper")
+    assert "failed: paper" in printed and not finished(tmp_path)
+    score = R.probe
+    monkeypatch.setattr(R, "probe", lambda *x: os.kill(os.getpid(), signal.SIGTERM) or score(*x))
+    with pytest.raises(SystemExit, match="143"):
+        recover(tmp_path, "--sweep --only 8_bit 4_bit")
+    assert finished(tmp_path) == {"8_bit"}
 
 
 def test_a_search_is_a_sweep_of_random_attackers_and_goes_on_with_more(recover, tmp_path):

@@ -76,6 +76,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--forget @text.txt --retain @nowhere.txt": "--retain @nowhere.txt: no such file or folder",
         "--forget @text.txt --retain @utf16.txt": "--retain @utf16.txt: cannot be read (UnicodeDecodeError",
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
+        "--forget @two.csv --retain @text.txt": "these chunks have labels; give them as --data",
     },
     "recover": {
         "--ckpt @nowhere": "--ckpt @nowhere: no such directory",
@@ -90,7 +91,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
     },
     "evaluate_mmlu": {
-        "--table x": "give --ckpt to score (one with --out), or --table to print the table",
+        "--table x": "give --ckpt to score (one with --out, a directory), or --table",
         "--shots 6": "--shots: invalid choice: 6",
         "--mmlu @nowhere": "--mmlu @nowhere: no such file or folder",
         "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
@@ -104,7 +105,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--questions @empty.csv": "no questions in it",
         "--ckpt @infinite": "log-probabilities are NaN or infinite: its weights are damaged",
         "--ckpt @short": "prompts of 257 tokens, the model's context is 32; lower --shots",
-        "--out @text.txt": "--out @text.txt",
+        "--out @text.txt": "give --ckpt to score (one with --out, a directory)",
     },
     "label_pile": {
         "--tokens 100000": "--tokens 100000: --judge reads 512 tokens, 499 of them text; lower --tokens",

@@ -22,12 +22,22 @@ RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
     "mlac_ar": lambda *x, steps, **more: mlac_ar(*x, K=1, N=steps, alpha=1, **more),
     "finetune": partial(finetune, mix=0.5, optimizer="sgd"),
     "rmu": partial(B.rmu, layer=2, steer=6.5, weight=100.0),
-    "undo": lambda model, *x, **more: B.undo(model, *x, teacher=copy.deepcopy(model), noise=0.1, **more),
-    "overwriting": partial(B.overwriting, rounds=1, rare=0.05),
+    "undo": lambda model, *x, **more: undo(model, copy.deepcopy(model), *x, **more),
+    "overwriting": lambda *x, **more: overwriting(*x, rounds=1, rare=0.05, **more),
     **{name: partial(B.baseline, method=name) for name in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
     "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, f, probe_width=8, **more),
     "swd": lambda model, f, r, **more: adv_probes(model, f, r, None, freeze=False, **more),
 }
+
+
+def undo(model, teacher, *streams, noise=0.1, **more):
+    B.add_noise(model, noise, 0)
+    B.baseline(model, *streams, method="undo", teacher=teacher, **more)
+
+
+def overwriting(model, forget, retain, *, steps, rounds, rare, **more):
+    false = B.false_texts(model, [forget[i] for i in range(steps)], rounds, rare)
+    B.baseline(model, false, retain, method="overwriting", steps=steps, **more)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Batches, bpe, spm_like, toy_model
-from test_methods import TEXTS
+from test_methods import TEXTS, overwriting, undo
+from test_mmlu import ARCHITECTURES
 
 import adv_probes as P
 import baselines as B
@@ -203,6 +204,11 @@ def test_rmu_moves_three_matrices_and_the_stream_of_its_layer():
         B.rmu(model, forget, retain, steps=60, lr=1e-2, weight=weight, **more)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
     assert moved == {f"model.layers.{l}.mlp.down_proj.weight" for l in (0, 1, 2)}
+    kind, name = "qwen3_moe", "model.layers.{}.mlp.experts.down_proj"  # not the router's
+    model, before = (toy_model(kind, num_hidden_layers=4, **ARCHITECTURES[kind]) for _ in "ab")
+    B.rmu(model, forget, retain, steps=1, lr=1e-2, weight=0.0, layer=2, steer=20.0)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
+    assert moved == {name.format(l) for l in (0, 1, 2)}
     assert seen[0]["held"] == 0 < 100 * seen[-1]["held"] < seen[59]["held"]  # h_0: of the first weights
     assert seen[-1]["forget"] < 0.7 * seen[0]["forget"] and all(p.requires_grad for p in model.parameters())
 
@@ -216,11 +222,15 @@ def test_undo_distils_the_model_that_it_was_back():
         found = B.divergence(model, ids, mask, toy_model(seed=1))
         torch.testing.assert_close(found, (q * (q / p).log()).sum(-1).mean())
         assert abs(B.divergence(model, ids, mask, teacher)) < 1e-6
-    more = dict(teacher=teacher, noise=0.8, log=lambda i, n, **v: seen.append(v))
-    B.undo(model, batch, batch, steps=60, lr=1e-2, **more)
+    more = dict(noise=0.8, log=lambda i, n, **v: seen.append(v))
+    undo(model, teacher, batch, batch, steps=60, lr=1e-2, **more)
     assert seen[0]["forget"] > 0.2 and seen[-1]["forget"] < 0.3 * seen[0]["forget"]
     W, W_0 = (m.model.layers[1].mlp.up_proj.weight.flatten() for m in (model, teacher))
     assert torch.cosine_similarity(W, W_0, dim=0) < 0.6  # its answers are back, its weights are not
+    model, before = (toy_model("mixtral", **ARCHITECTURES["mixtral"]) for _ in "ab")
+    B.add_noise(model, 0.5, 0)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
+    assert moved == {k for k, p in model.named_parameters() if ".layers." in k and p.ndim > 1}
 
 
 def test_swaps_permute_the_rare_tokens_only():
@@ -251,7 +261,7 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
     false = B.false_text(model, ids, ids, B.Words([batch], 60, rare=1), pi)
     assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
     monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
-    B.overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
+    overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
     assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
 
 

@@ -139,12 +139,13 @@ def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
         mapped(world(tmp_path, seed) / "rm", f"--seed {seed}")
     assert [*columns(tmp_path)] == ["base", "Random Mapping", E.CONTROL]
     assert columns(tmp_path / "world0/rm")["base"]["forget"] == 100  # which lies elsewhere
-    for i, flags in enumerate(("--lr 1e-3", "--lr 1e-4", "--tokens 99", "--steps 7")):
+    for i, flags in enumerate(("--lr 1e-3", "--lr 1e-4", "--tokens 99", "--model a/b", "--data b.csv")):
         mapped(tmp_path / f"world0/{i}/rm", flags)
-    attack(tmp_path / "world0/rm", (0.8, 0.9), to=tmp_path / "harder", flags="--lr 3e-3")
+    for i, flags in enumerate(("--lr 3e-3", "--recovery b.zip", "--seed 1")):  # the last one: of the same row
+        attack(tmp_path / "world0/rm", (0.8 - 0.3 * (i > 0), 0.9), to=tmp_path / f"attack{i}", flags=flags)
     found = [runs for name, runs in rows_under(tmp_path, "cloze").items() if "Random" in name]
-    assert sorted(map(len, found)) == [1, 1, 1, 1, 1, 2]
-    assert sorted(run["recovered"]["forget"]["acc"] for runs in found for run in runs) == [0.5] * 6 + [0.8]
+    assert sorted(map(len, found)) == [1] * 7 + [3]
+    assert sorted(run["recovered"]["forget"]["acc"] for runs in found for run in runs) == [0.5] * 9 + [0.8]
     E.write_scores(tmp_path / "world0/theirs", summary(0.4, 0.9), [])
     attack(tmp_path / "world0/theirs", (0.5, 0.9))
     assert "theirs" in rows_under(tmp_path, "cloze")
