@@ -32,6 +32,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint import state_dict as full_state
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
@@ -186,7 +188,6 @@ class Run:
         self.start = self.last_saved = time.time()
         self.chunks, self.saved, self.stop, self.clock = None, None, 0, {}
         self.live, self.between = None, 0  # of a dry run: LiveBytes; bytes held between steps
-        self.balance = defaultdict(float)  # of each phase, the largest that was logged
         if args.dry_run:
             return
         if (self.out / "args.json").exists():
@@ -324,14 +325,15 @@ class Run:
         values = {k: float(summed(v) if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
         if norms:
             values["balance"] = float(whole(norms[0])) / max(float(norms[1]), 1e-9)
-            self.balance[phase] = max(self.balance[phase], values["balance"])
         self.write(phase=phase, step=step, **values)
         shown = " | ".join(f"{k} {v:.3f}" for k, v in values.items())
         pace = (time.time() - start) / max(step - first, 1)
         more = f"{pace:.2f} s/step | {peak_bytes() / 1e9:.1f} GB | eta {pace * (steps - step) / 60:.1f} min"
         say(f"{phase} {step}/{steps} | {shown} | {more}")
-        if step == steps and norms and self.balance[phase] < 0.05:
-            say(f"{phase}: balance stayed under 0.05: this only fine-tunes; give the forget loss more weight")
+        if step == steps and norms and not rank():
+            logged = map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines())
+            if max(x["balance"] for x in logged if x["phase"] == phase) < 0.05:
+                say(f"{phase}: balance stayed under 0.05: this only fine-tunes; give the forget loss weight")
 
     def write(self, **values):
         """Appends one object, with the seconds since the start, to metrics.jsonl."""
@@ -468,15 +470,11 @@ def whole(x):
 
 def like(full, x):
     """`full`, which every rank has, sharded as x is."""
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None) if ranks() > 1 else full
 
 
 def shard(source, dtype, device):
     """A model like `source`, sharded layer by layer, with the weights that `source` has on rank 0."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     mesh = dist.init_device_mesh(device.type, (ranks(),))
