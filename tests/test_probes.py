@@ -261,6 +261,8 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
     false = B.false_text(model, ids, ids, B.Words([batch], 60, rare=1), pi)
     assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
     monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
+    ((x, _, weight),) = B.false_texts(model, [batch], rounds=1, rare=0.2)
+    assert torch.equal(x, false) and weight.tolist() == [pytest.approx([0.05, 0.05, 1])] * 4
     overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
     assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
 
