@@ -443,8 +443,10 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
                 first, now = (next_token_loss(model, y, mask).exp() for y in (ids, x))
             say("\n".join(samples(tokenizer, batches[0], x)))
             say(f"perplexity of the first batch {first:.2f}, of its false text {now:.2f}")
-    if tokenizer and not summed(replaced):
-        fail(f"--rare {rare}: no word of F was replaced; raise it, with another --out")
+    n = int(summed(replaced))
+    if tokenizer and not n:
+        fail(f"--rare {rare}: no word of F was replaced: too few are rare, or the model knows none of them")
+    say(f"false text: {n:,} of {int(summed(sum(mask.sum() for _, mask in batches))):,} tokens replaced")
     return false
 
 

@@ -188,6 +188,9 @@ class Run:
         self.start = self.last_saved = time.time()
         self.chunks, self.saved, self.stop, self.clock = None, None, 0, {}
         self.live, self.between = None, 0  # of a dry run: LiveBytes; bytes held between steps
+        for flag, x in vars(args).items():
+            if isinstance(x, (int, float)) and x < 0 and flag != "seed":
+                fail(f"--{flag.replace('_', '-')} {x}: starts at 0")
         if args.dry_run:
             return
         if (self.out / "args.json").exists():
@@ -250,8 +253,6 @@ class Run:
             shutil.copy(self.saved / log.name, log) if self.saved else log.write_text("")
         n, where = self.model.num_parameters() / 1e6, f"{ranks()} x {self.model.device}"
         say(f"{self.name} | {n:.2f} M parameters | {self.model.dtype} | {where} | {tokens} tokens per step")
-        for number in (signal.SIGINT, signal.SIGTERM) if self.args.save_every else ():
-            signal.signal(number, lambda number, _: setattr(self, "stop", number))
 
     def steps_left(self, steps, *state, phase="step"):
         """Yields the steps to do: 1 .. steps, or those left where the run was cut off before.
@@ -277,6 +278,8 @@ class Run:
             dcp.load(tensors, checkpoint_id=self.saved)
             done, self.saved = int(step), None
             say(f"continues after {phase} {done} of {steps}")
+        signals = (signal.SIGINT, signal.SIGTERM) if every else ()
+        before = [signal.signal(n, lambda n, _: setattr(self, "stop", n)) for n in signals]
         for i in range(done + 1, steps + 1):
             yield i
             wishes = torch.tensor([self.stop, i == steps or time.time() - self.last_saved > every])
@@ -290,6 +293,8 @@ class Run:
             if stop and i < steps:
                 say(f"stopped after {phase} {i} of {steps}; rerun the same command to continue")
                 raise SystemExit(128 + stop)
+        for n, handler in zip(signals, before):
+            signal.signal(n, handler)
 
     def save_state(self, tensors, folder):
         """Saves the tensors, and the log so far, completely or not at all; then drops the save before."""
@@ -391,7 +396,8 @@ class Run:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 1e9  # Python and torch
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
         fits = peak + 1.5e9 <= gpu and HostCopy.reserved + self.size <= host if self.gpu else peak <= host
-        say("it fits" if fits else "it does not fit here")
+        unknown = ", as far as host memory goes; there is no GPU here" if self.gpu and gpu == math.inf else ""
+        say(f"it fits{unknown}" if fits else "it does not fit here")
         return int(not fits)
 
 
@@ -573,6 +579,8 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
         else:
             files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
             kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
+            if len(kinds := {*KINDS} & {x.suffix for x in files} - {".json"}) > 1:  # a .json may be a summary
+                fail(f"{flag} {source}: several kinds of files ({', '.join(sorted(kinds))}); give one")
             files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
             if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
                 fail(f"{flag} {source}: several data sets ({', '.join(sorted(folders))}); give one of them")

@@ -543,11 +543,11 @@ def main(args):
     if args.table:
         rows = {name: columns(runs) for name, runs in rows_under(args.table, args.format).items()}
         if not rows:
-            fail(f"--table {args.table}: no run scored by {args.format}; run recover.py, or another --format")
-        if args.to == "markdown":
-            return print(tables(rows, args.paper))
+            fail(f"--table {args.table}: no run scored by {args.format}; try another --format, or recover.py")
         frame = pandas.DataFrame(rows).T
-        return print({"csv": frame.to_csv, "json": frame.T.to_json, "latex": frame.to_latex}[args.to]())
+        texts = {"markdown": lambda: tables(rows, args.paper), "csv": frame.to_csv, "json": frame.T.to_json}
+        texts["latex"] = lambda: frame.to_latex(escape=True)
+        return print(texts[args.to]())
     exam = load_mmlu(args.mmlu, args.split, args.forget_subjects, args.shots, args.questions, args.about)
     for name in args.ckpt:
         new = score_mmlu(*load_model(name, args.dtype, args.device, "--ckpt"), exam, args.format, args.tokens)

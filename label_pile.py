@@ -302,7 +302,8 @@ def main(args):
     label(args, chunks, lambda texts: judge(model, tokenizer, texts, head, tail), parts)
     n, positive = sum(parts.labels.values()), parts.labels[True]
     write_json(parts.summary, {"chunks": n, "positive": positive, "arguments": vars(args)})
-    say(f"{n} rows, {positive} positive, in {args.out}\nnext: python rmat.py --data {args.out}")
+    say(f"{n} rows, {positive} positive, in {args.out}")
+    say(f"next: python rmat.py {'--tiny ' * args.tiny}--data {args.out}")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ from huggingface_hub import hf_hub_download
 from common import (
     LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
     decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_json,
-    read_table, say, sum_gradients, whole, write_json,
+    read_table, resolved, say, sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, SIDES, TABLE, Exam, damaged, load_mmlu, markdown, paper_scores, plan, read_scores, read_states,
@@ -400,12 +400,17 @@ def sweep(args, argv, load_exam):
     flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
     chosen, out, first, failed = [*flags][part::parts], Path(args.out), None, {}
     todo = [name for name in chosen if not (out / name / "args.json").exists()]
-    for name in (name for name in chosen if name not in todo):
-        now = settings({"arguments": vars(parse_args([*argv, *flags[name].split(), "--out", out / name]))})
-        was = settings(read_json(out / name / "args.json"))
-        if other := [k for k in now if k in was and was[k] != now[k]]:
+    if (out / "args.json").exists():
+        fail(f"--out {out} is a run of its own; choose another --out")
+    for folder in (path.parent for path in out.glob("*/args.json")):  # all enter one worst case
+        known, line = read_json(folder / "args.json"), flags.get(folder.name)
+        own = {} if line is None else vars(parse_args([*argv, *line.split(), "--out", folder]))
+        other = [k for k, x in settings({"arguments": own}).items() if settings(known).get(k, x) != x]
+        if Path(resolved(known["parent"], folder)).resolve() != Path(args.ckpt).resolve():
+            other = ["ckpt"]
+        if other:
             flag = other[0].replace("_", "-")
-            fail(f"--out {out}: {name} was attacked with another --{flag}; choose another --out")
+            fail(f"--out {out}: {folder.name} was attacked with another --{flag}; choose another --out")
     say(f"{len(chosen)} attackers, {len(chosen) - len(todo)} of them finished before")
     for n, name in enumerate(todo, 1):
         say(f"\nattacker {n}/{len(todo)}: {name} ({flags[name] or 'defaults'})")

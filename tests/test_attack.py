@@ -192,6 +192,12 @@ def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
             recover(tmp_path, f"--sweep --steps 1 --only paper 8_bit {flag}")
         assert f"paper was attacked with another {flag.split()[0]}; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
+    with pytest.raises(SystemExit):
+        recover(tmp_path, "--sweep --steps 1 --only 8_bit", "gpt2")
+    assert "paper was attacked with another --ckpt; choose" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        recover(tmp_path / "paper", "--sweep --steps 1 --only 8_bit")
+    assert "is a run of its own; choose another --out" in capsys.readouterr().err
 
 
 def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, monkeypatch):
@@ -203,11 +209,11 @@ def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, mo
         m.setattr(R, "finetune", full_disk)
         printed = recover(tmp_path, "--sweep --steps 2 --eval-every 1 --only paper")
     assert "failed: paper" in printed and not finished(tmp_path)
-    score = R.probe
-    monkeypatch.setattr(R, "probe", lambda *x: os.kill(os.getpid(), signal.SIGTERM) or score(*x))
+    log, kill = R.Run.log, lambda: os.kill(os.getpid(), signal.SIGTERM)  # in the last step
+    monkeypatch.setattr(R.Run, "log", lambda self, *x, **more: kill() or log(self, *x, **more))
     with pytest.raises(SystemExit, match="143"):
-        recover(tmp_path, "--sweep --only 8_bit 4_bit")
-    assert finished(tmp_path) == {"8_bit"}
+        recover(tmp_path / "b", "--sweep --steps 1 --only paper lr_3x")
+    assert finished(tmp_path / "b") == {"paper"}
 
 
 def test_a_search_is_a_sweep_of_random_attackers_and_goes_on_with_more(recover, tmp_path):

@@ -83,6 +83,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--base @nowhere": "--base @nowhere: no such directory",
         "--lr x": "--lr",
         "--lr nan": "0 < --lr",
+        "--clip -1": "--clip -1.0: starts at 0",
         "--retain-mix 2": "--retain-mix",
         "--only mix": "--only and --shard go with --sweep",
         "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
