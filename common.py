@@ -579,7 +579,7 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
         else:
             files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
             kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
-            if len(kinds := {*KINDS} & {x.suffix for x in files} - {".json"}) > 1:  # a .json may be a summary
+            if len(kinds := {*KINDS[:4]} & {x.suffix for x in files}) > 1:  # others may be beside the data
                 fail(f"{flag} {source}: several kinds of files ({', '.join(sorted(kinds))}); give one")
             files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]
             if len(folders := {os.path.relpath(x.parent, path) for x in files}) > 1:
