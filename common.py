@@ -280,21 +280,23 @@ class Run:
             say(f"continues after {phase} {done} of {steps}")
         signals = (signal.SIGINT, signal.SIGTERM) if every else ()
         before = [signal.signal(n, lambda n, _: setattr(self, "stop", n)) for n in signals]
-        for i in range(done + 1, steps + 1):
-            yield i
-            wishes = torch.tensor([self.stop, i == steps or time.time() - self.last_saved > every])
-            if ranks() > 1:
-                dist.all_reduce(wishes, dist.ReduceOp.MAX)
-            stop, save = wishes.tolist()
-            if stop or save:
-                check_finite(f"{i} (weights)", *(local(p).detach().sum() for p in lists[0]))
-            if every and (stop or save):
-                self.save_state(tensors, self.state / f"{phase}-{i}")
-            if stop and i < steps:
-                say(f"stopped after {phase} {i} of {steps}; rerun the same command to continue")
-                raise SystemExit(128 + stop)
-        for n, handler in zip(signals, before):
-            signal.signal(n, handler)
+        try:
+            for i in range(done + 1, steps + 1):
+                yield i
+                wishes = torch.tensor([self.stop, i == steps or time.time() - self.last_saved > every])
+                if ranks() > 1:
+                    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+                stop, save = wishes.tolist()
+                if stop or save:
+                    check_finite(f"{i} (weights)", *(local(p).detach().sum() for p in lists[0]))
+                if every and (stop or save):
+                    self.save_state(tensors, self.state / f"{phase}-{i}")
+                if stop and i < steps:
+                    say(f"stopped after {phase} {i} of {steps}; rerun the same command to continue")
+                    raise SystemExit(128 + stop)
+        finally:
+            for n, handler in zip(signals, before):
+                signal.signal(n, handler)
 
     def save_state(self, tensors, folder):
         """Saves the tensors, and the log so far, completely or not at all; then drops the save before."""

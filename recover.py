@@ -2,12 +2,12 @@
 al., 2024), and the worst case over many attackers.
 
 Threat model: a defender releases the weights θ of an LLM that must not know the forget set F (biology) and
-must still know the retain set R. This is the adversary, who has the weights and fine-tunes them for F.
+must still know the retain set R. This is the adversary, who fine-tunes the weights to get F back.
 
     for i = 1 .. steps:  θ' ← AdamW(θ', ∇L(θ'; pairs), lr)      # question-answer pairs on the subject of F
 
 F, R: forget and retain accuracy on MMLU of the checkpoint θ; F', R': of θ' after the attack (Table 1's scores
-are in evaluate_mmlu.py). L: next-token loss. The 1000 steps are Figure 3's; our choices where it is silent:
+are in evaluate_mmlu.py). L: next-token loss; 1000 steps: Figure 3. Where the paper is silent, our choices:
 
 1) A pair is "message_1, blank line, message_2", with the loss on every token: Figure 3's stairs are epochs.
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
@@ -405,7 +405,8 @@ def sweep(args, argv, load_exam):
     for folder in (path.parent for path in out.glob("*/args.json")):  # all enter one worst case
         known, line = read_json(folder / "args.json"), flags.get(folder.name)
         own = {} if line is None else vars(parse_args([*argv, *line.split(), "--out", folder]))
-        other = [k for k, x in settings({"arguments": own}).items() if settings(known).get(k, x) != x]
+        was = settings(known, "micro_batch")
+        other = [k for k, x in settings({"arguments": own}).items() if was.get(k, x) != x]
         if Path(resolved(known["parent"], folder)).resolve() != Path(args.ckpt).resolve():
             other = ["ckpt"]
         if other:
