@@ -209,11 +209,12 @@ def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, mo
         m.setattr(R, "finetune", full_disk)
         printed = recover(tmp_path, "--sweep --steps 2 --eval-every 1 --only paper")
     assert "failed: paper" in printed and not finished(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
     log, kill = R.Run.log, lambda: os.kill(os.getpid(), signal.SIGTERM)  # in the last step
     monkeypatch.setattr(R.Run, "log", lambda self, *x, **more: kill() or log(self, *x, **more))
     with pytest.raises(SystemExit, match="143"):
         recover(tmp_path / "b", "--sweep --steps 1 --only paper lr_3x")
-    assert finished(tmp_path / "b") == {"paper"}
+    assert finished(tmp_path / "b") == {"paper"} and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_search_is_a_sweep_of_random_attackers_and_goes_on_with_more(recover, tmp_path):
