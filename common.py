@@ -265,8 +265,8 @@ class Run:
         lists = [[p for p in self.model.parameters() if p.requires_grad], *state]
         tensors = {f"{n}.{j}": x.detach() for n, xs in enumerate(lists) for j, x in enumerate(xs)}
         every, done = 60 * self.args.save_every, 0
-        if self.args.dry_run:  # more steps hold no more
-            yield 1
+        if self.args.dry_run:  # a second step may hold what is left of the first; more steps hold no more
+            yield from range(1, min(steps, 2) + 1)
             return
         need = self.size + bool(every) * 2 * ranks() * sum(local(x).nbytes for x in tensors.values())
         if shutil.disk_usage(self.out).free < need:
