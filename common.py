@@ -122,8 +122,6 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         model = shard(model, dtype, device) if ranks() > 1 else model.to(device)
     except Exception as error:  # transformers, safetensors and the hub raise some twenty kinds
         licence = "" if folder.is_dir() else "; gated? accept the licence on its page and run `hf auth login`"
-        if re.search("tiktoken|tokenizer.model", str(error)):  # transformers' last try without tokenizer.json
-            error = ImportError("its tokenizer.model needs: pip install sentencepiece protobuf")
         fail(f"{flag} {name}: cannot be loaded ({type(error).__name__}: {str(error):.300}){licence}")
     layers = next(key for key, module in model.named_modules() if module is decoder_layers(model))
     unused = [key for key in info["unexpected_keys"] if f"{layers.rpartition('.')[2]}." in key]
@@ -251,6 +249,8 @@ class Run:
             write_json(self.state / "run.json", vars(self.args))
             log = self.out / "metrics.jsonl"
             shutil.copy(self.saved / log.name, log) if self.saved else log.write_text("")
+            if lines := log.read_text().splitlines():  # seconds go on from there
+                self.start -= json.loads(lines[-1])["seconds"]
         n, where = self.model.num_parameters() / 1e6, f"{ranks()} x {self.model.device}"
         say(f"{self.name} | {n:.2f} M parameters | {self.model.dtype} | {where} | {tokens} tokens per step")
 

@@ -177,8 +177,7 @@ def load_mmlu(source, split="test", forget=FORGET, shots=5, questions=None, abou
         fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")
     if not names - {*forget}:
         fail(f"--mmlu {source}: no subject of the retain set; complete it")
-    if len(mmlu) < 57:
-        say(f"MMLU: {len(mmlu)} of the 57 subjects ({source})")
+    say(f"MMLU: {len(mmlu)} of the 57 subjects ({source})")
     exam = {name: (mmlu[name][0][:shots], mmlu[name][1]) for name in sorted(names)}
     if not questions:
         return Exam(exam, forget, shots, split)
@@ -355,8 +354,8 @@ def worst_case(attacks, draws=1000):
     A state counts if it is not `damaged`; the checkpoint's own always does. The highest of many is high by
     chance too, so `worst` is cross-fitted: the best state on one half of the questions (every second one of a
     subject) is scored on the other half, and vice versa, and the two are averaged. rho: (worst - 25) / (base
-    - 25), the share of what the base knows that came back. worst_se, rho_se and the 95 % interval rho_low ..
-    rho_high are from a bootstrap of the questions that chooses the states anew in each draw.
+    - 25), the share of what the base knows that came back, nan if that is at chance, within two errors.
+    worst_se, rho_se, the 95 % interval rho_low .. rho_high: by a bootstrap of questions that chooses anew.
     """
     fit = [(name, s) for name, states in attacks.items() for s in states if not damaged(states[0], s)]
     subjects = [x for x, answers in fit[0][1]["right"].items() if len(answers) > 1]
@@ -373,7 +372,8 @@ def worst_case(attacks, draws=1000):
     one = min(attacks.items(), key=lambda x: x[0] == "other_format")[1][0]  # its base is scored otherwise
     worst, found = cross_fitted(resample=False), [cross_fitted() for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
-    rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, 0.01)
+    least = 0.01 if one["base"] > CHANCE + 2 * one["base_se"] else np.nan
+    rho, *rhos = (np.array([worst, *found]) - CHANCE) / np.maximum(bases - CHANCE, least)
     low, high = np.percentile(rhos, (2.5, 97.5)).tolist()
     name, top = max(fit, key=lambda x: (x[1]["forget"], x[1]["step"]))
     return {
@@ -397,7 +397,7 @@ def show_sweep(attacks):
 worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
     forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted; highest {w["highest"]:.1f})
     retain accuracy there {w["retain_there"]:.1f}
-    ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: the base)
+    ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: base; nan: base at chance)
     not counted, as never without damage: {", ".join(w["damaged"]) or "-"}"""  # fmt: skip
 
 

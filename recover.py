@@ -333,7 +333,9 @@ def probe(args, run, exam, form, theta):
 
 def untouched(name, args, exam, form, *loaded):
     """(summary, answers) of a model that this run does not change; kept, so that they are measured once."""
-    if not (found := read_scores(name, exam, form)):
+    if found := read_scores(name, exam, form):
+        say(f"uses the scores in {scores_dir(name)}")
+    else:
         loaded = loaded or load_model(name, args.dtype, args.device, "--base")
         found = score_mmlu(*loaded, exam, form)
         write_scores(scores_dir(name), *found)

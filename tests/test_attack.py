@@ -99,6 +99,8 @@ def test_the_worst_case_is_the_best_undamaged_state():
     assert "worst case of 3 attackers: strong at step 10" in show_sweep(attacks)
     none = worst_case({"damage": attacks["damage"]})
     assert none["worst"] == pytest.approx(40) and none["attack"] == "none" and none["damaged"] == ["damage"]
+    lost = show_sweep({"weak": [state(0.3, step=0, base=0.29, base_se=0.03), state(0.3, base=0.29)]})
+    assert "ρ nan, 95 % nan to nan" in lost
     attacks = {"other_format": [state(0.25, step=0, base=0.5)]} | attacks  # scored otherwise, and so its base
     assert worst_case(attacks)["rho"] == worst["rho"]
     found = worst_case(attacks | {"other_format": [state(0.7, step=0), state(0.7)]})
