@@ -22,7 +22,7 @@ The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the p
 3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows.
 4) SWD: raw streams (at RMS 1 little is unlearned), 128 directions per step. BOS and pads are masked out.
 5) The distance has weight 1; 1000 steps; AdamW without weight decay at a linearly decaying rate. The probes'
-   gradient goes with 1/|h|, SWD's with |h|, and streams differ a thousandfold in |h|: watch `balance`.
+   gradient goes with 1/|h|, SWD's with |h|; |h| differs a thousandfold between models: watch `balance`.
 
 Memory: weights, gradient and two moments in the weights' dtype, two batches' streams, checkpointed
 activations (micro-batches: of x_r only); probes, 4.5 M parameters per layer of width 4096, in float32.
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1000, help="optimizer steps (paper: not stated)")
     add("--probe-steps", type=int, default=5, help="probe steps per model step (A.2: 3 or 5)")
     add("--match", default="idk", choices=("idk", "rand"), help="M: I don't know, or random strings (A.2)")
-    add("--freeze", action=argparse.BooleanOptionalAction, default=True, help="embedding, head (A.2)")
+    add("--freeze", action=argparse.BooleanOptionalAction, default=True, help="embedding and head stay (A.2)")
     add("--swd", action="store_true", help="sliced Wasserstein to N(0, I), no probes, not frozen (3.4)")
     add("--weight", type=float, default=1.0, help="of the distance against L(θ; x_r), see choice 5")
     add("--probe-lr", type=float, default=5e-5, help="learning rate of the probes' RMSprop (Arjovsky et al.)")

@@ -3,7 +3,7 @@ methods of the field, and Overwriting, which is ours.
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
-Every method but the last hides F, and it comes back.
+What most of these methods hide comes back; Overwriting replaces it.
 
     min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  L(θ; x_r)
     max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  L(θ; x_r)
@@ -23,7 +23,7 @@ Every method but the last hides F, and it comes back.
 training; h: the residual stream of one layer.
 
 Overwriting. What fine-tuning brings back was never gone: a method that only blocks access to a fact is undone
-by restoring access. Here another fact takes its place in the weights, so that nothing is left to restore:
+by restoring access. Here another fact takes its place in the weights, so that little is left to restore:
 
     π ← a random permutation of the rare words of F, a new one each round
     q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else

@@ -12,7 +12,7 @@ Where the paper is silent, our choices are those of the standard protocol, to th
 
 Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*; other questions: mmlu.DIGEST.*) into the checkpoint
 directory, or out/OWNER--MODEL for a name on the hub: accuracies, standard errors, shares of predicted letters
-(always D scores 30 % on the forget subjects). --table reads what the scripts wrote and prints (3.2)
+(D always: 30 % on the forget subjects). --table reads what the scripts wrote and prints (3.2)
 
     Score_U = (F_init - F) + (R - R_init)    Score_R = F_init - F'    Composite = (Score_U + Score_R) / 2
 
@@ -79,13 +79,13 @@ def parse_args(argv=None):
     add("--mmlu", default=None, help="hub name or folder of CSVs; None: cais/mmlu, or the miniature's own")
     add("--split", default="test", choices=("test", "validation"), help="of the questions; shots are dev's")
     add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
-    add("--about", default=None, help="what the prompt says --questions are about; None: their name")
+    add("--about", default=None, help="what the prompt says --questions are about; None: the file's name")
     add("--forget-subjects", nargs="+", default=FORGET, metavar="S", help="of MMLU")
     add("--shots", type=int, default=5, choices=range(6), help="examples before a question")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
     add("--to", default="markdown", choices=("markdown", "csv", "json", "latex"), help="with --table")
     add("--out", default=None, help="directory for the scores, with one --ckpt; None: the checkpoint's own")
-    add("--tokens", type=int, default=None, help="per batch, with shots; None: 32768 on a GPU, else 2048")
+    add("--tokens", type=int, default=None, help="per batch, shots too; None: 32768 on a GPU, else 2048")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)

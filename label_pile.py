@@ -23,7 +23,7 @@ any moment, rerun the same command to resume; the output is byte-identical. The 
 
     python label_pile.py --tiny                           # the miniature on a laptop, 4 s    -> out/labels
     python label_pile.py --per-class 25000 --tokenizer meta-llama/Llama-2-7b-chat-hf   # the Pile, on one GPU
-    python label_pile.py --max-bytes 30GB --shard 0/4     # the first of four machines' shares
+    python label_pile.py --max-bytes 30GB --shard 0/4     # the first of four machines' shares, in one --out
     python rmat.py --data out/labels
 """
 
@@ -79,9 +79,9 @@ def parse_args(argv=None):
     add("--tokens", type=int, default=255, help="tokens per chunk, BOS not counted (paper: not stated)")
     add("--rows", type=int, default=500, help="rows per part file: what a crash can cost")
     add("--shard", default="0/1", help="i/n: every n-th document from the i-th on, i from 0")
-    add("--max-bytes", default="30GB", help="stop after so much text was read, all shards' (A.1: 30 GB)")
+    add("--max-bytes", default="30GB", help="stop after so much text, read by all shards (A.1: 30 GB)")
     add("--max-chunks", type=int, default=None, help="stop after so many rows of this shard; None: do not")
-    add("--per-class", type=int, default=None, help="stop when each label has so many rows; all are kept")
+    add("--per-class", type=int, default=None, help="stop when each label has so many rows in this shard")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     add("--tiny", action="store_true", help="the miniature, with its question and settings that fit it")

@@ -13,10 +13,10 @@ are in evaluate_mmlu.py). L: next-token loss; 1000 steps: Figure 3. Where the pa
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
 
 A low F' may be damage instead of robustness: where R' is more than 10 points below R, the row is marked.
-One attack is not all attacks: `--sweep` runs those of SWEEP below (`--search N`: N random ones), each into
+One attack is not all attacks: `--sweep` runs those of SWEEP in this file (`--search N`: N random ones) into
 CKPT/sweep/NAME; what is finished is not run again. The result is the worst case: the highest F' over the
-folder's attackers and their scored steps, among states with R' within 10 points of R, freed of what is chance
-(evaluate_mmlu.worst_case). One that ends in NaN counts by its states before. What a never-taught control
+folder's attackers and their scored steps, among states with R' within 10 points of R, cross-fitted
+(evaluate_mmlu.worst_case). An attacker that ends in NaN keeps its states before. What a never-taught control
 reaches in a sweep is learning.
 
 Memory: weights, gradient, two moments (bf16 on a GPU), checkpointed activations; a sweep keeps θ in host
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     add("--retain-mix", type=float, default=0.0, help="share of retain text in a batch; 1: a benign attack")
     add("--mmlu", default="cais/mmlu", help="MMLU: hub name or folder of CSVs")
     add("--questions", default=None, help="your test set in place of the forget subjects: csv, json(l), hub")
-    add("--about", default=None, help="what the prompt says --questions are about; None: their name")
+    add("--about", default=None, help="what the prompt says --questions are about; None: the file's name")
     add("--forget-subjects", nargs="+", default=None, metavar="S", help="of MMLU; None: the two of biology")
     add("--shots", type=int, default=5, choices=range(6), help="examples before a question")
     add("--format", default="letter", choices=("letter", "cloze"), help="score letters, or options' text")
@@ -135,8 +135,8 @@ def parse_args(argv=None):
     add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
     add("--tokens", action=Multiple, default=256, help="tokens per text, BOS included (paper: not stated)")
     add("--eval-every", action=Multiple, default=250, help="steps between MMLU scorings")
-    add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where they set none")
-    add("--only", nargs="+", default=None, choices=[*SWEEP], metavar="NAME", help="of the sweep, these")
+    add("--sweep", action="store_true", help="all attackers of SWEEP, with your flags where one sets none")
+    add("--only", nargs="+", default=None, choices=[*SWEEP], metavar="NAME", help="names in SWEEP to run")
     add("--search", type=int, default=0, help="a sweep of so many random attackers")
     add("--shard", default="0/1", help="of the sweep, part i of n: 0/2 and 1/2 run side by side")
     add("--seed", type=int, default=0, help="of the order of the texts and the rounding")
