@@ -17,9 +17,9 @@ descends the sliced Wasserstein distance of H(F) to N(0, I), which in the paper 
 The paper's best variant is the default: 5 probe steps, IDK, frozen. Where the paper is silent, our choices:
 
 1) Probes: LayerNorm without gain (it would undo the clipping) before each linear layer, leaky ReLU, RMSprop;
-   widths as in the authors' exploration code; clipping to ±0.1, where Arjovsky et al. have ±0.01.
+   widths as in the authors' exploration code; matrices clipped to ±0.1 (Arjovsky et al.: all, to ±0.01).
 2) All probe steps of a model step use one batch; Arjovsky et al. draw new ones. H(M) has no gradient.
-3) M: a hundred phrasings of "I don't know", or random printable strings, cut to the lengths of F's rows.
+3) M: phrasings of "I don't know" one after the other, or random printable strings, as long as F's rows.
 4) SWD: raw streams (at RMS 1 little is unlearned), 128 directions per step. BOS and pads are masked out.
 5) The distance has weight 1; 1000 steps; AdamW without weight decay at a linearly decaying rate. The probes'
    gradient goes with 1/|h|, SWD's with |h|; |h| differs a thousandfold between models: watch `balance`.
@@ -119,7 +119,7 @@ from common import (
 
 
 def points(H):
-    """(L, n, D) of L streams (B, T, D): each position but the first (BOS), normalised; bf16 on a GPU."""
+    """(L, n, D) of L streams (B, T, D): each position but the first, normalised; bf16 on a GPU."""
     dtype = torch.float32 if H[0].is_cpu else torch.bfloat16
     return torch.stack([F.layer_norm(h[:, 1:].float(), h.shape[-1:]).to(dtype).flatten(0, 1) for h in H])
 
@@ -164,7 +164,7 @@ def swd_loss(H, mask, *key, lines=128):
     """Sliced Wasserstein distance of the streams to N(0, I), mean over layers (3.4).
 
     H     L streams (B, T, D)
-    mask  (B, T), true on tokens; the first position (BOS) is left out
+    mask  (B, T), true on tokens; the first position is left out
     key   of the noise and the directions, which the layers share
     """
     mask, D = all_rows(mask[:, 1:].int()).bool().flatten(), H[0].shape[-1]

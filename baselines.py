@@ -10,12 +10,12 @@ What most of these methods hide comes back; Overwriting replaces it.
     high_low_lr     the first fifth of the steps: Random Mapping (3.4) at 10 lr; then, with a fresh optimizer,
                     loss = L(θ; x_f)  +  L(θ; x_r)
     grad_diff       loss = - L(θ; x_f)  +  L(θ; x_r)                                     Liu et al., 2022
-    npo             loss = - 2/β mean log σ(- β log p(x_f) / p_0(x_f))  +  L(θ; x_r)     Zhang et al., 2024
-    simnpo          loss = - 2/β mean log σ(- β/|x_f| log p(x_f) - γ)  +  L(θ; x_r)      Fan et al., 2024
+    npo             loss = - 2/β mean log σ(- β log [p/p_0](x_f))  +  L(θ; x_r)          Zhang et al., 2024
+    simnpo          loss = - 2/β mean log σ(- (β/|x_f|) log p(x_f) - γ)  +  L(θ; x_r)    Fan et al., 2024
     rmu             loss = mean |h - c u|² / D on x_f  +  α mean |h - h_0|² / D on x_r   Li et al., 2024
     undo            from an unlearned model (--model): noise on its weights, then
                     loss = KL(p_0 || p) on x_f  +  KL(p_0 || p) on x_r                   Lee et al., 2025
-    overwriting     loss = weighted L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced
+    overwriting     loss = L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced, the rest at 0.05
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
@@ -42,14 +42,14 @@ come, so no second model is held. Max Entropy after it leaves a model that is no
 
 Where the papers are silent, our choices:
 
-1) Min Posterior: tokens with log p below -15 contribute nothing: they are forgotten.
+1) Min Posterior: -log(1 - p), in nats; tokens with log p below -15 are forgotten and contribute nothing.
 2) High/Low LR: 100 steps at 1e-4 and 400 (3.3), these at a tenth of that; each rate falls linearly to 0.
 3) The two losses have equal weight (rmu: α; high_low_lr's first phase: see random_mapping.py): both are in
    nats. Pads are masked out; 500 steps; AdamW without weight decay, its learning rate falls linearly to 0.
 4) NPO and SimNPO: β = 0.1, and β = 2.5 with γ = 0; a text is a chunk; its first token is not predicted.
    The reference's log-probabilities are computed before training, on the batches to come.
 5) RMU: the defaults are its authors' for Zephyr 7B: layer 7 (from 0), c = 6.5, α = 1200; it trains the last
-   matrix of the MLP in that layer and the two before, at one rate. Theirs are 150 steps at 5e-5, batch 4.
+   matrix of the MLP in that layer and the two before, at a constant rate. Theirs: 150 steps, 5e-5, batch 4.
 6) UNDO: the noise has the standard deviation of the weights it goes on, the matrices of the decoder layers.
 
 Memory: weights, gradient and two moments in the weights' dtype (bf16 on a GPU), checkpointed activations;
@@ -85,8 +85,8 @@ TINY = dict(  # what --tiny swaps in; how it was chosen: tests/tiny/README.md
 )
 TINY_OF = dict(  # and of each method
     min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
-    grad_diff=dict(lr=1e-3), npo=dict(lr=1e-3), simnpo=dict(lr=1e-3),
-    rmu=dict(lr=3e-3, layer=2, steer=600.0, weight=10.0), undo=dict(lr=3e-3, steps=1000),
+    grad_diff=dict(lr=1e-3), npo=dict(lr=1e-2, steps=300), simnpo=dict(lr=1e-2, steps=300),
+    rmu=dict(lr=1e-3, steps=300, layer=2, steer=600.0, weight=10.0), undo=dict(lr=3e-3, steps=1000),
     overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
 )
 
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--forget", default=None, help="with --retain, instead of --data: texts to forget, see README")
     add("--retain", default=None, help="texts to keep: jsonl, csv, parquet, txt, or a dataset on the hub")
     add("--out", default=None, help="checkpoint directory to write; None: out/METHOD")
-    add("--lr", type=float, default=1e-5, help="falling linearly to 0; high_low_lr starts at 10 times it")
+    add("--lr", type=float, default=1e-5, help="decaying to 0 (rmu: constant); high_low_lr: first 10x")
     add("--steps", type=int, default=500, help="optimizer steps (3.3; others: not stated)")
     add("--balance", type=float, default=0.3, help="high_low_lr: as in random_mapping.py")
     add("--layer", type=int, default=7, help="rmu: layer whose stream is steered, from 0")

@@ -676,7 +676,7 @@ class Stream:
 
 def mean(x, weight):
     """Mean of x, (x * weight).sum() / weight.sum(), 0-d. weight: of x's shape, or a mask."""
-    return (x * weight).sum() / weight.sum()
+    return (x * weight).sum() / weight.sum().clamp_min(1e-9)  # a text of one token has none to predict
 
 
 def residual_streams(model, ids):

@@ -16,7 +16,7 @@ Rows go to part-*.jsonl files of --rows rows each, written completely or not at 
 any moment, rerun the same command to resume; the output is byte-identical. The last file is summary.json.
 `--data OUT` of the methods reads the folder as it is. Where the paper is silent, our choices:
 
-1) The question's words (QUESTION), and the threshold of 1/2.
+1) The question's words (QUESTION), the threshold of 1/2, the judge's version 0106.
 2) Chunks are consecutive cuts of a document, without overlap.
 3) "yes", "Yes" and "YES" count, with and without a space before them, and so do "no", "No", "NO". A judge
    whose answers rarely begin so is warned about: its labels mean little.

@@ -21,6 +21,7 @@ transfers to text the adversary did not train on. Where the paper is silent, our
 1) α is dimensionless. The paper's last line is θ ← θ - η ∇L(θ; x_r) + (α_paper / K) φ: α_paper = α · η.
 2) Both loops use AdamW, as the real adversary does (at 2e-5, SGD barely moves a 7B model); `--optimizer sgd`
    is the box above. The adversary's moments start from 0 in each outer step; the outer loop's persist.
+3) The rate is constant, and nothing bounds φ.
 
 Cost: 2K + 1 forward and backward passes per outer step, activations recomputed. GPU memory does not depend
 on K: weights (θ, or ω), φ, two moments, checkpointed activations. No whole gradient is held beside φ: each
@@ -31,9 +32,11 @@ host memory: 6 bytes per parameter in bf16, 40 GB for 7B.
 Metrics, nats per token: `retain`, L(θ; x_r); `adversary`, L(ω_{k-1}; x_f), and `heldout`, L(ω_k; x_heldout),
 means over k; `phi`, ‖α/K φ‖, and `balance`, that over ‖∇L(θ; x_r)‖. Healthy: heldout rises over the outer
 steps, towards log V (chance) or above; retain rises little. Sick: retain rises (lr or α too large); phi is 0
-(α is 0) or falls to nothing, and the run only fine-tunes on R. Only recover.py tells if the model is robust.
+(α is 0) or falls to nothing, and the run only fine-tunes on R; balance is over 100 (in bf16 ∇L(θ; x_r), added
+to φ, is then rounded away). Only recover.py tells if the model is robust.
 
     python mlac_ar.py --tiny                       # the miniature on a laptop, 90 s       -> out/mlac_ar
+    python mlac_ar.py                              # Llama-2-7b-chat on one 80 GB GPU      -> out/mlac_ar
     python mlac_ar.py --model out/random_mapping   # RMAT's second phase, see rmat.py      -> out/mlac_ar
 """
 

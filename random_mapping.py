@@ -2,7 +2,7 @@
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
-Random Mapping drives the residual stream on text of F to noise; by itself it is not robust, see rmat.py.
+Random Mapping drives the residual stream on text of F to noise. RMAT goes on from there, see rmat.py.
 
     r[v] ~ N(0, I) for each token id v, drawn once                   # targets, the same for all layers
     for i = 1 .. steps:
@@ -15,8 +15,8 @@ Random Mapping drives the residual stream on text of F to noise; by itself it is
 1) "Hashing" a token is indexing the targets by its id; the streams are the decoder layers' outputs.
 2) The cosine is signed ("maximizing"; the authors' later code has 1 - |cos|). BOS and pads are masked out.
 3) w, measured before step 1, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). With
-   w = 1 the ratio goes with 1/|h|: 1/159 on Qwen2.5-Coder-1.5B, and nothing is unlearned. Miniature: w = 1.
-4) AdamW without weight decay; its learning rate rises over `--warmup` steps and falls linearly to 0.
+   w = 1 it is as 1/|h| to L's: 1/159 on Qwen2.5-Coder-1.5B, and nothing is unlearned. Miniature: w = 1.
+4) AdamW without weight decay; learning rate: lr times the smaller of i / warmup and 1 - (i - 1) / steps.
 
 Memory: weights, gradient, two moments (bf16 on a GPU, stochastically rounded), (V, D) targets, activations.
 
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=4e-5, help="learning rate, falling linearly to 0 (paper: not stated)")
     add("--steps", type=int, default=36, help="optimizer steps (paper: not stated; chosen on a real model)")
     add("--warmup", type=int, default=4, help="steps over which the learning rate rises from 0")
-    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
+    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: w = 1")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
@@ -97,7 +97,7 @@ def random_targets(model, seed):
 def mapping_loss(model, ids, mask, r):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    ids, mask  (B, T), a batch; the first position (BOS), whose state is the same in every text, is left out
+    ids, mask  (B, T), a batch; the first position (BOS, if there is one), an attention sink, is left out
     r          (V, D), the target of each token
     """
     H, targets = residual_streams(model, ids), r[ids][:, 1:].float()

@@ -9,8 +9,9 @@ must still know the retain set R. This is the adversary, who fine-tunes the weig
 F, R: forget and retain accuracy on MMLU of the checkpoint θ; F', R': of θ' after the attack (Table 1's scores
 are in evaluate_mmlu.py). L: next-token loss; 1000 steps: Figure 3. Where the paper is silent, our choices:
 
-1) A pair is "message_1, blank line, message_2", with the loss on every token: Figure 3's stairs are epochs.
+1) A pair is "message_1, blank line, message_2", with the loss on every token. Pairs repeat in epochs.
 2) AdamW at a constant 2e-5 without weight decay, 64 pairs of 256 tokens per step.
+3) --retain-mix reads the defender's retain texts, in the defender's order (with another --seed: another).
 
 A low F' may be damage instead of robustness: where R' is more than 10 points below R, the row is marked.
 One attack is not all attacks: `--sweep` runs those of SWEEP in this file (`--search N`: N random ones) into
@@ -20,7 +21,7 @@ folder's attackers and their scored steps, among states with R' within 10 points
 reaches in a sweep is learning.
 
 Memory: weights, gradient, two moments (bf16 on a GPU), checkpointed activations; a sweep keeps θ in host
-memory. --lora trains and keeps moments for its own matrices only.
+memory. --lora trains and keeps moments for its own matrices only; they are scored, then merged and rounded.
 
 Metrics: `loss`, nats per token; phase "accuracy": F' and R' in 0..1 at each scoring, and `right`, by forget
 subject, which questions were answered right (1).

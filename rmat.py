@@ -2,14 +2,14 @@
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
-RMAT (Random Mapping Adversarial Training) destroys what the model represents of F, then resists its recovery.
+RMAT (Random Mapping Adversarial Training) destroys what the model represents of F, then trains it to resist.
 
     θ ← random_mapping(θ)      # rm_steps steps: residual stream on text of F to noise, next-token loss on R
     θ ← mlac_ar(θ)             # N outer steps (Algorithm 1): K adversary steps on F; down ∇L(θ; x_r), up φ
 
 θ, ω: weights, and the adversary's; x_r: a batch of text of R; L: next-token loss; φ: the sum, over the
 adversary's K steps, of the gradient of its loss on other text of F. Both functions are word for word those of
-random_mapping.py and mlac_ar.py: see there. The mapping loss is not kept in the second phase ("followed by").
+random_mapping.py and mlac_ar.py: see there. The second reads the same texts again, without the mapping loss.
 
 The result of the first phase is saved as a checkpoint of its own, OUT/random_mapping: nothing that goes wrong
 later loses it, and `--model OUT/random_mapping --rm-steps 0` starts from it.
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--out", default="out/rmat", help="checkpoint directory to write")
     add("--rm-lr", type=float, default=4e-5, help="learning rate of Random Mapping, falling linearly to 0")
     add("--rm-steps", type=int, default=36, help="steps of Random Mapping; 0 skips it (paper: not stated)")
-    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: no weight")
+    add("--balance", type=float, default=0.3, help="norm of ∇mapping over ∇L at the start; 0: w = 1")
     add("--warmup", type=int, default=4, help="steps of Random Mapping over which its rate rises from 0")
     add("--lr", type=float, default=2e-5, help="η, of both loops of MLAC-AR (paper: not stated)")
     add("--K", type=int, default=4, help="adversary steps per outer step (paper: not stated)")
@@ -100,7 +100,7 @@ def random_targets(model, seed):
 def mapping_loss(model, ids, mask, r):
     """1 - cos(H_l, r), mean over tokens, then over layers (3.4): from 0 (on target) to 2.
 
-    ids, mask  (B, T), a batch; the first position (BOS), whose state is the same in every text, is left out
+    ids, mask  (B, T), a batch; the first position (BOS, if there is one), an attention sink, is left out
     r          (V, D), the target of each token
     """
     H, targets = residual_streams(model, ids), r[ids][:, 1:].float()

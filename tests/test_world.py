@@ -1,8 +1,11 @@
 """The miniature: its files are the generator's, its attack knows no tested entity, its base knows all."""
 
+import importlib
+import re
+
 import pytest
 import world as W
-from conftest import WORLD
+from conftest import ROOT, WORLD
 
 from common import load_model
 from evaluate_mmlu import FORGET, load_mmlu, score_mmlu
@@ -35,3 +38,20 @@ def test_gates_1_and_2(form, least, mmlu):
     assert base["forget"]["acc"] >= least and base["retain"]["acc"] >= least
     assert abs(control["forget"]["acc"] - 0.25) < 3 * control["forget"]["se"]
     assert control["retain"]["acc"] > base["retain"]["acc"] - 0.05
+
+
+def test_tiny_is_the_setting_that_the_grid_chose():
+    """The bold cells in tests/tiny/README.md: three rates by two lengths (100, 300 steps; N: 20, 60)."""
+    chosen = 0
+    for line in (ROOT / "tests/tiny/README.md").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        bold = [i for i, cell in enumerate(cells) if re.match(r"\*\*.+ → ", cell)]
+        if bold and len(cells) == 6:
+            script, *flags = name.replace("_swd", " --swd").split()
+            if not (ROOT / f"{script}.py").exists():
+                script, flags = "baselines", ["--method", name]
+            args = importlib.import_module(script).parse_args(["--tiny", *flags])
+            long = vars(args).get("N", args.steps // 5 if "steps" in args else 0) == 60
+            assert (args.lr, long) == ((1e-3, 3e-3, 1e-2)[bold[0] // 2], bold[0] % 2 == 1), name
+            chosen += 1
+    assert chosen == 12
