@@ -171,9 +171,9 @@ def mlac_ar(
             copy.load()
         theta.wait()  # the model is θ again
 
-        for p in phi if alpha else ():
+        for p in phi:
             p.grad = phi[p].mul_(-alpha / K)
-        norms = [torch.stack([p.grad.norm() for p in phi if alpha] or [0 * means[0]]).norm()]
+        norms = [torch.stack([p.grad.norm() for p in phi]).norm()]
         loss_r = backward(model, next_token_loss, *retain[i - 1], norms=norms)  # .grad = ∇L(θ; x_r) - α/K φ
         check_finite(i, loss_r, means.sum())
         opt.step(i, lr, seed, "outer", i)  # θ ← θ - η .grad
