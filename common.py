@@ -348,12 +348,12 @@ class Run:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def save(self, phase="", weights=True, **facts):
+    def save(self, phase="", weights=True, facts=(), **paths):
         """Writes weights and tokenizer as save_pretrained does, config.json last, and then args.json: it says
         that the checkpoint is complete. A dry run ends here.
 
         phase  name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
-        facts  what later stages need to know, beside what is listed below
+        facts, paths  what later stages need to know, beside what is listed below
         """
         args, folder, draft, state_dict = self.args, self.out / phase, self.state / "draft", None
         if args.dry_run and not phase:
@@ -373,11 +373,12 @@ class Run:
             for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(folder / file.name)
             os.sync()
-        names = {"parent": self.name, "base": self.base, "retain": getattr(args, "retain", None)} | facts
+        names = {"parent": self.name, "base": self.base, "retain": getattr(args, "retain", None)} | paths
         names = {k: os.path.relpath(x, folder) if x and os.path.exists(x) else x for k, x in names.items()}
         device = torch.cuda.get_device_name() if self.gpu else platform.machine()
+        barrier()  # every rank has looked for args.json
         write_json(folder / "args.json", {
-            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(args), **names,
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(args), **names, **dict(facts),
             "tiny": args.tiny, "device": f"{ranks()} x {device}", "dtype": str(self.model.dtype)[6:],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),
@@ -539,7 +540,10 @@ def read_file(path):
         f = io.TextIOWrapper(f, "utf-8-sig", newline="" if path.suffix == ".csv" else None)
         if path.suffix == ".csv":
             csv.field_size_limit(1 << 30)
-            yield from csv.DictReader(f)
+            for row in csv.DictReader(f):
+                if None in row:
+                    fail(f"{path}: more cells than columns; quote texts with commas: {row[None][0]:.60}")
+                yield row
         elif path.suffix == ".txt":
             yield from ({"text": x} for x in re.split(r"\n\s*\n", f.read()) if x.strip())
         elif path.suffix == ".json":  # a list of objects, or one or more objects
@@ -581,6 +585,8 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
         else:
             files = [path] if path.is_file() else sorted(x for x in path.glob("**/[!.]*") if x.is_file())
             kind = next((kind for kind in KINDS if any(x.suffix == kind for x in files)), None)
+            if not kind:
+                fail(f"{flag} {source}: none of {', '.join(KINDS)}; convert it")
             if len(kinds := {*KINDS[:4]} & {x.suffix for x in files}) > 1:  # others may be beside the data
                 fail(f"{flag} {source}: several kinds of files ({', '.join(sorted(kinds))}); give one")
             files = [x for x in files if x.suffix == kind and config in (None, x.parent.name)]

@@ -64,7 +64,7 @@ TABLE = {"forget": "Forget ↓", "retain": "Retain ↑", "score_u": "Score_U ↑
          "score_r": "Score_R ↑", "composite": "Composite ↑"}  # columns
 WORST = {"swept_forget": "Forget ↓", "swept_retain": "Retain ↑", "worst_attack": "worst attack",
          "worst": "Forget, worst ↓", "retain_there": "Retain there", "rho": "ρ ↓", "rho_low": "95 % from",
-         "rho_high": "to", "highest": "highest"}
+         "rho_high": "to", "highest": "highest", "attackers": "attackers"}
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 95 %, of n runs
 
 
@@ -173,7 +173,7 @@ def load_mmlu(source, split="test", forget=FORGET, shots=5, questions=None, abou
             for name, question in read_rows(str(file), "--mmlu", "all", part):
                 mmlu[name or Path(file).name.removesuffix(f"_{end}.csv")][place].append(question)
     names = {*mmlu} - {*forget} if questions else {*mmlu, *forget}
-    if lacking := [name for name in sorted(names) if len(mmlu[name][0]) < shots or not mmlu[name][1]]:
+    if lacking := [name for name in sorted(names) if len(mmlu[name][0]) < shots or len(mmlu[name][1]) < 2]:
         fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")
     if not names - {*forget}:
         fail(f"--mmlu {source}: no subject of the retain set; complete it")
@@ -186,7 +186,7 @@ def load_mmlu(source, split="test", forget=FORGET, shots=5, questions=None, abou
     if own in exam:
         fail(f"--questions {questions}: {own} is a subject of the retain set; give the file another name")
     asked = [question for _, question in read_rows(name, "--questions", config or None)]
-    exam[own] = [], asked or fail(f"--questions {questions}: no questions in it")
+    exam[own] = [], asked if len(asked) > 1 else fail(f"--questions {questions}: give two questions or more")
     return Exam(exam, (own,), shots)
 
 
@@ -369,7 +369,7 @@ def worst_case(attacks, draws=1000):
         first, second = (np.mean([r.mean(1) for r in half], 0) for half in halves)  # (states,)
         return (second[first.argmax()] + first[second.argmax()]) / 2
 
-    one = min(attacks.items(), key=lambda x: x[0] == "other_format")[1][0]  # its base is scored otherwise
+    one = min(attacks.items(), key=lambda x: "other_format" in x[0])[1][0]  # its base is scored otherwise
     worst, found = cross_fitted(resample=False), [cross_fitted() for _ in range(draws)]
     bases = np.array([one["base"], *random.normal(one["base"], one["base_se"], draws)])
     least = 0.01 if one["base"] > CHANCE + 2 * one["base_se"] else np.nan
@@ -418,62 +418,66 @@ def title(facts):
 
 
 def settings(facts, *free):
-    """What a result depends on: an args.json's arguments, but for FREE and `free`; of paths the last part."""
+    """What a result depends on: an args.json's arguments, but for FREE and `free`; of a path its last two
+    parts (of a world's one)."""
     kept = {k: v for k, v in facts.get("arguments", {}).items() if k not in {*FREE, *free}}
-    paths = ("model", "ckpt", "base", "data", "retain", "recovery", "mmlu", "questions")
-    return {k: Path(v).name if k in paths and v else v for k, v in kept.items()}
+    paths, n = ("model", "ckpt", "base", "data", "retain", "recovery", "mmlu", "questions"), facts.get("tiny")
+    return {k: Path(v).parts[-1 if n else -2 :] if k in paths and v else v for k, v in kept.items()}
 
 
 def rows_under(root, form):
     """{name: [run ..]} of everything scored under root; runs that differ only in seed or world are one row.
 
     A run is {"folder", "attack", "base", "theta", "recovered", "attacks"}: the checkpoint's folder and its
-    Recovery's, summaries, the third {} if it was not attacked, and {attacker: states} of a sweep. Scores of a
-    run and of its base compare if their protocols are equal.
+    Recovery's, summaries by one protocol, the third {} if it was not attacked, and {attacker: states} of its
+    sweeps. Of runs with the same seeds only the first counts.
     """
 
     def place(name, folder):
         return scores_dir(resolved(name, folder) or folder).resolve()
 
     def scored(folder, protocol):  # its scores of these questions, whatever their file is called
-        found = map(read_json, sorted(folder.glob(usual.replace("json", "*json"))))
-        return next((x for x in found if x.get("protocol") == protocol), None)
+        found = map(read_json, sorted(folder.glob(FILES[form].replace("json", "*json"))))
+        return next((x for x in found if x.get("protocol") == dict(protocol)), None)
 
     free = ("ckpt", "base", "seed", "eval_every", "micro_batch", "sweep")  # in the runs of a row
-    usual, groups, bases, rows = FILES[form], {}, {}, {}
+    groups, bases, rows, attacks = {}, {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    attacks = {(folder, usual): [] for folder, known in facts.items() if known["script"] != "recover.py"}
-    for folder, known in facts.items():  # {(victim, the file that its attackers compare with): [attack ..]}
+    facts = {folder: known for folder, known in facts.items() if "script" in known}
+    for folder, known in facts.items():  # {(victim, protocol): [attack ..]}
         if known["script"] == "recover.py":
-            a = known["arguments"]
-            own = (a["questions"], a["forget_subjects"], a["shots"]) != (None, None, 5)
-            ends = {path.name.partition(".")[2] for path in folder.glob("mmlu*.json")}  # json, DIGEST.json
-            file = usual.replace("json", min(sorted(ends), key=lambda end: (end == "json") == own))
-            if a["format"] == form if "attacker" in known else (folder / file).exists():
-                attacks.setdefault((place(known["parent"], folder), file), []).append(folder)
-    for (folder, file), by in attacks.items():
+            protocol = (*(known["protocol"] | {"format": form}).items(),)
+            if known["protocol"]["format"] == form if known.get("attacker") else scored(folder, protocol):
+                attacks.setdefault((place(known["parent"], folder), protocol), []).append(folder)
+        elif own := read_json(folder / FILES[form]):
+            attacks.setdefault((folder, (*own["protocol"].items(),)), [])
+    for (folder, protocol), by in attacks.items():
         mine, how = read_json(folder / "args.json"), facts[by[0]] if by else {}
         base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
         name = title(mine) or (folder.name if base != folder else "Base" if by else "base")
-        own = next((x for x in (read_json(attack / file) for attack in by) if x), read_json(folder / file))
-        theta, init = (scored(x, own.get("protocol", "")) for x in (folder, base))
+        theta, init = (scored(x, protocol) for x in (folder, base))
         if not theta or not init:
             continue
         run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
-        run["attacks"] = {x.name: read_states(x) for x in by if "attacker" in facts[x]}
-        bases[base] = run | {"folder": base, "theta": init, "attacks": {}}
-        once = [x for x in by if "attacker" not in facts[x]]
-        once = once or [x for x in by if facts[x].get("attacker") == "paper"]
+        swept = [x for x in by if facts[x].get("attacker")]
+        several = len({x.parent for x in swept}) > 1
+        run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
+        asked = "" if (mine or how).get("tiny") else dict(protocol)["questions"]  # of each world its own
+        bases.setdefault(asked, {})[base] = run | {"folder": base, "theta": init, "attacks": {}}
+        once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
         for attack in once or [None]:
-            attacked = {"attack": attack, "recovered": read_json(attack / file)} if attack else {}
-            used = [repr(settings(x, *free)) for x in (mine, facts.get(attack, {}))]
-            groups.setdefault((name, *used), []).append(run | attacked)
-    if groups and not {"Base", "base"} & {name for name, *_ in groups}:  # it was scored elsewhere
-        groups["base", "", ""] = [*bases.values()]
+            attacked = {"attack": attack, "recovered": scored(attack, protocol)} if attack else {}
+            both = mine, facts.get(attack, {})
+            group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in both)), {})
+            seeds = (x.get("arguments", {}).get("seed") for x in both)
+            group.setdefault((base, *seeds, None if mine else folder), run | attacked)
+    for asked in bases.keys() - {key[1] for key in groups if key[0] in ("Base", "base")}:
+        groups["base", asked] = bases[asked]  # it was scored elsewhere
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
-    for (name, *_), runs in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
-        where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
-        rows[f"{name} ({where})" if name in rows else name] = runs
+    for (name, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
+        run = next(iter(group.values()))
+        where = os.path.relpath(run["attack"] or run["folder"], Path(root).resolve())
+        rows[f"{name} ({where})" if name in rows else name] = [*group.values()]
     return rows
 
 
@@ -494,6 +498,7 @@ def columns(runs):
         before = average([paper_scores(run["base"], run["theta"], {}) for run in swept])
         found = [worst_case(run["attacks"]) for run in swept]
         keys = ("worst", "retain_there", "rho", "highest", "worst_se", "retain_there_se", "rho_se")
+        row["attackers"] = min(w["attackers"] for w in found)
         row |= {f"swept_{k}": v for k, v in before.items()}
         row |= average([{k: w[k] for k in keys} for w in found])
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]

@@ -302,7 +302,7 @@ def main(args):
     label(args, chunks, lambda texts: judge(model, tokenizer, texts, head, tail), parts)
     n, positive = sum(parts.labels.values()), parts.labels[True]
     write_json(parts.summary, {"chunks": n, "positive": positive, "arguments": vars(args)})
-    say(f"{n} rows, {positive} positive, in {args.out}")
+    say(f"{n} rows, {positive} positive, in {args.out}, of shard {shard[0]}/{shard[1]}")
     say(f"next: python rmat.py {'--tiny ' * args.tiny}--data {args.out}")
 
 

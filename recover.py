@@ -285,7 +285,9 @@ def prune(model, share):
 FORMS = {  # of the texts to train on: a column that tells the form, and how a row becomes a text
     "message_1": lambda row: "\n\n".join((row["message_1"], row["message_2"])),
     "messages": lambda row: "\n\n".join(m["content"] for m in row["messages"]),
-    "instruction": lambda row: "\n\n".join(row[k] for k in ("instruction", "input", "output") if row.get(k)),
+    "instruction": lambda row: "\n\n".join(
+        row[k] for k in ("instruction", "input", "output") if row.get(k) or k == "output"
+    ),
     "txt_chunk": lambda row: row["txt_chunk"] if LABELS[str(row.get("label", True)).lower()] else None,
     "text": lambda row: row["text"],
 }
@@ -305,9 +307,15 @@ def load_texts(source, column=None):
     if not kind:
         have = ", ".join(rows[0]) if rows else "no rows"
         fail(f"--recovery {source}: no column {' or '.join(FORMS)}; it has {have}")
-    texts = [row[kind] if column else FORMS[kind](row) for row in rows]
+    texts = []
+    for i, row in enumerate(rows):
+        try:
+            text = row[kind] if column else FORMS[kind](row)
+        except (AttributeError, KeyError, TypeError) as error:
+            fail(f"--recovery {source}: row {i}: not of the form {kind} ({error!r}); correct or drop it")
+        texts += [cleaned(text, f"--recovery {source}: row {i}")] if text is not None else []
     say(f"{len(texts):,} texts from {source}, column {kind}")
-    return [cleaned(x, f"--recovery {source}: row {i}") for i, x in enumerate(texts) if x is not None]
+    return texts
 
 
 def probe(args, run, exam, form, theta):
@@ -344,9 +352,9 @@ def untouched(name, args, exam, form, *loaded):
     return found
 
 
-def attack(args, run, exam, **facts):
-    """One attacker on run.model, whose weights it leaves changed; writes args.out, returns Table 1's row.
-    facts: for run.save"""
+def attack(args, run, exam, attacker=None):
+    """One attacker (of a sweep, whose weights are not saved: its name) on run.model, which it leaves changed;
+    writes args.out, returns Table 1's row."""
     n_retain, model, form = round(args.batch * args.retain_mix), run.model, args.format
     form = {"letter": "cloze", "cloze": "letter"}[form] if args.probe == "other_format" else form
     pairs, retain = None, None
@@ -392,7 +400,9 @@ def attack(args, run, exam, **facts):
         last = {side: {"acc": states[-1][side], "se": states[-1][f"{side}_se"]} for side in SIDES}
         row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1])}
         write_json(Path(args.out) / "scores.json", row)
-    run.save(base=args.base, data=args.data, recovery=args.recovery, mmlu=args.mmlu, **facts)
+    paths = {x: getattr(args, x) for x in ("base", "data", "recovery", "mmlu")}
+    facts = {"attacker": attacker, "protocol": exam and exam.protocol(args.format)}
+    run.save(weights=not attacker, facts=facts, **paths)
     return row
 
 
@@ -401,15 +411,16 @@ def sweep(args, argv, load_exam):
     found, and the worst case. One that fails is named and not counted; the next run tries it again."""
     part, parts = map(int, args.shard.split("/"))
     flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
-    chosen, out, first, failed = [*flags][part::parts], Path(args.out), None, {}
+    chosen, out, first, failed, exam = [*flags][part::parts], Path(args.out), None, {}, load_exam()
     todo = [name for name in chosen if not (out / name / "args.json").exists()]
     if (out / "args.json").exists():
         fail(f"--out {out} is a run of its own; choose another --out")
     for folder in (path.parent for path in out.glob("*/args.json")):  # all enter one worst case
         known, line = read_json(folder / "args.json"), flags.get(folder.name)
         own = {} if line is None else vars(parse_args([*argv, *line.split(), "--out", folder]))
-        was = settings(known, "micro_batch")
-        other = [k for k, x in settings({"arguments": own}).items() if was.get(k, x) != x]
+        was, now = settings(known, "micro_batch"), settings(known | {"arguments": own})
+        other = [k for k, x in now.items() if was.get(k, x) != x]
+        other += ["questions"] if known["protocol"] != exam.protocol(args.format) else []
         if Path(resolved(known["parent"], folder)).resolve() != Path(args.ckpt).resolve():
             other = ["ckpt"]
         if other:
@@ -423,10 +434,10 @@ def sweep(args, argv, load_exam):
             run = Run(a)
             if first is None:  # the model is loaded once
                 run.load(a.ckpt, "--ckpt")
-                first, exam, theta = run, load_exam(), HostCopy([*run.model.parameters()])
+                first, theta = run, HostCopy([*run.model.parameters()])
                 theta.save()
             run.__dict__ = vars(first) | vars(run)
-            attack(a, run, exam, weights=False, attacker=name)
+            attack(a, run, exam, name)
             if run.stop:  # a signal that came after the last step
                 raise SystemExit(128 + run.stop)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
@@ -440,6 +451,8 @@ def sweep(args, argv, load_exam):
     done = [path.parent for path in sorted(out.glob("*/args.json"), key=lambda path: path.stat().st_mtime)]
     text = show_sweep({folder.name: read_states(folder) for folder in done}) if done else "none has finished"
     say(f"\n{text}" + "".join(f"\n    failed: {name}: {why}" for name, why in failed.items()))
+    if any("NotImplementedError" not in why for why in failed.values()):  # which cannot act on this model
+        raise SystemExit(1)
 
 
 def main(args, argv=None):

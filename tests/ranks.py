@@ -3,6 +3,7 @@ reads the models in FOLDER/*/ and writes FOLDER/found.pt."""
 
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -115,8 +116,9 @@ def of_ranks(x):
 
 def status(script, *flags):
     """Exit status of a script on each rank."""
+    sys.argv[1:] = map(str, flags)
     try:
-        script.main(script.parse_args([*map(str, flags)]))
+        script.main(script.parse_args())
     except SystemExit as end:
         return of_ranks(end.code)
     return of_ranks(0)
@@ -129,6 +131,11 @@ def blow(self, t, *more, step=common.Optimizer.step):
         next(BLOWS)(common.local(self.params[0].data).view(-1))
 
 
+def late(self, *x, save=common.Run.save, **more):
+    time.sleep(common.rank())  # the first rank has written args.json when the second comes
+    save(self, *x, **more)
+
+
 BLOWS = iter([lambda p: signal.raise_signal(signal.SIGTERM), lambda p: p[:1].fill_(float("nan"))])
 RUN = "--tiny --device cpu --batch 8 --tokens 64 --log-every 1 --lr 1e-5 --steps 8 --save-every 1e-9".split()
 ATTACK = "--tiny --device cpu --steps 2 --batch 8 --lr 1e-5 --mmlu".split()
@@ -136,8 +143,9 @@ ATTACK = "--tiny --device cpu --steps 2 --batch 8 --lr 1e-5 --mmlu".split()
 if __name__ == "__main__":
     folder, reads, read = Path(sys.argv[1]), [], common.AutoModelForCausalLM.from_pretrained
     common.AutoModelForCausalLM.from_pretrained = lambda *x, **more: reads.append(x) or read(*x, **more)
-    found = weights(folder)
-    found["recover"] = status(A, "--ckpt", folder / "two" / "model", *ATTACK, folder / "mmlu")
+    found, attack = weights(folder), ("--ckpt", folder / "two" / "model", *ATTACK, folder / "mmlu")
+    found["recover"], common.Run.save = status(A, *attack), late
+    found["sweep"] = status(A, *attack, "--sweep", "--only", "8_bit", "4_bit")
     found["one_two"] = status(R, *RUN, "--out", folder / "one_two" / "out")
     common.Optimizer.step = blow
     for name in ("two_one", "nan"):

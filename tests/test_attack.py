@@ -152,8 +152,15 @@ def recover(place, capsys):
             f" --out {out} --ckpt {place}/{kind}/unlearned --base {place}/{kind}/base --mmlu {place}/mmlu"
         )
         flags += f" --recovery {place}/rows.jsonl --data {place}/rows.jsonl --batch 4 --tokens 16 --lr 1e-3"
-        R.main(R.parse_args(flags.split()), flags.split())
-        return capsys.readouterr().out
+        code = 0
+        try:
+            R.main(R.parse_args(flags.split()), flags.split())
+        except SystemExit as error:
+            if (code := error.code) != 1:
+                raise
+        printed = capsys.readouterr().out
+        assert code == any("failed: " in x and "NotImpl" not in x for x in printed.splitlines())
+        return printed
 
     return run
 
@@ -193,6 +200,9 @@ def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
         with pytest.raises(SystemExit):
             recover(tmp_path, f"--sweep --steps 1 --only paper 8_bit {flag}")
         assert f"paper was attacked with another {flag.split()[0]}; choose" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # though no attacker of its list is there
+        recover(tmp_path, "--search 1 --steps 1 --shots 2")
+    assert "paper was attacked with another --questions; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
     with pytest.raises(SystemExit):
         recover(tmp_path, "--sweep --steps 1 --only 8_bit", "gpt2")

@@ -21,7 +21,9 @@ ROWS = {  # name of a file: its rows
     "other.jsonl": [{"txt": "a"}],
     "pair.jsonl": [{"message_1": "q", "message_2": "a"}],
     "letter.jsonl": [ASK, ASK | {"answer": "E"}],
-    "astronomy.jsonl": [ASK],
+    "astronomy.jsonl": [ASK, ASK],
+    "one.jsonl": [ASK],
+    "dolly.jsonl": [{"instruction": "q", "response": "a"}],
     "begun/settings.json": [{"tokens": 1}],
     "finished/summary.json": [{}],
     "wmdp/bio/test-0.parquet": [ASK],
@@ -34,6 +36,8 @@ TEXT = {  # name of a file: its text, encoding
     "blank.txt": (" \n\n\t\n", "ascii"),
     "five.csv": ("Which?,a,b,c,d,B\nWhich?,a,b,c,B\n", "ascii"),
     "empty.csv": ("", "ascii"),
+    "commas.csv": ("text\nA, b and c\n", "ascii"),
+    "data.tsv": ("text\na\n", "ascii"),
 }
 NEEDS = "needs a question, four choices and an answer"
 BAD = {  # script: {flags (@: the folder of these files and of the checkpoints below): what the line says}
@@ -60,7 +64,6 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--model @cut_off": "--model @cut_off: this run was cut off; rerun its command first",
         "--model @pickled": "--model @pickled: cannot be loaded (OSError: Error no file named",
         "--model @own_code": "--model @own_code: cannot be loaded (ValueError: The repository",
-        "--model @no_package": "pip install sentencepiece protobuf",
         "--model @biased": "model.layers.0.mlp.up_proj.bias",
         "--model @shallow": "model.layers.1.input_layernorm.weight",
         "--model @deep": "model.layers.6.input_layernorm.weight",
@@ -73,6 +76,8 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--data @classes.parquet": "row 0: label is biology; needs true or false, 1 or 0, forget or retain",
         "--data @gap.jsonl": "row 1: txt_chunk: no text",
         "--forget @text.txt": "--forget goes with --retain",
+        "--forget @commas.csv --retain @text.txt": "more cells than columns; quote texts with commas: b",
+        "--forget @data.tsv --retain @text.txt": "none of .parquet, .csv, .jsonl, .zst, .json",
         "--forget @text.txt --retain @nowhere.txt": "--retain @nowhere.txt: no such file or folder",
         "--forget @text.txt --retain @utf16.txt": "--retain @utf16.txt: cannot be read (UnicodeDecodeError",
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
@@ -88,6 +93,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--only mix": "--only and --shard go with --sweep",
         "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
         "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
+        "--recovery @dolly.jsonl": "row 0: not of the form instruction (KeyError('output'));",
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
         "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
     },
@@ -103,7 +109,8 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--questions @astronomy.jsonl": "astronomy is a subject of the retain set",
         "--questions @letter.jsonl": f"row 1: {NEEDS} (0 to 3, A to D); got 'Which?'",
         "--questions @five.csv": f"row 1: {NEEDS}",
-        "--questions @empty.csv": "no questions in it",
+        "--questions @empty.csv": "give two questions or more",
+        "--questions @one.jsonl": "give two questions or more",
         "--ckpt @infinite": "log-probabilities are NaN or infinite: its weights are damaged",
         "--ckpt @short": "prompts of 257 tokens, the model's context is 32; lower --shots",
         "--out @text.txt": "give --ckpt to score (one with --out, a directory)",
@@ -146,17 +153,10 @@ def own_code(folder):
     config(folder, model_type="own", auto_map=auto)
 
 
-def no_package(folder):
-    """A tokenizer that only sentencepiece and protobuf read, which the requirements do not have."""
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-
-
 CHECKPOINTS = {  # name: what is done to the miniature's base
     "base": lambda folder: None,
     "pickled": pickled,
     "own_code": own_code,
-    "no_package": no_package,
     "biased": lambda f: weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(3)})),
     "infinite": lambda f: weights(f, lambda w: w["model.norm.weight"].fill_(float("inf"))),
     "shallow": partial(config, num_hidden_layers=1),

@@ -161,7 +161,7 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     [x.save_pretrained(ckpt) for x in (tokenizer, toy_model(vocab=len(tokenizer)))]
     write_csvs(tmp_path / "mmlu", mmlu)
     write_csvs(tmp_path / "more", mmlu | {"virology": mmlu["astronomy"]})
-    Path(own).write_text('{"question": "Why?", "choices": ["a", "b", "c", "d"], "answer": "B"}')
+    Path(own).write_text(2 * '{"question": "Why?", "choices": ["a", "b", "c", "d"], "answer": "B"}\n')
 
     def score(flags=""):
         E.main(E.parse_args(["--ckpt", str(ckpt), "--mmlu", str(tmp_path / "mmlu"), *flags.split()]))
@@ -177,5 +177,5 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     exams = [E.load_mmlu(str(tmp_path / "mmlu"), **other) for other in ({}, *others)]
     kept = [E.read_scores(ckpt, exam, "letter")[0] for exam in exams]
     assert kept[0] == json.loads(before) and len({x["protocol"]["questions"] for x in kept}) == 4
-    assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 1] and len(exams[2]["astronomy"][0]) == 2
+    assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 2] and len(exams[2]["astronomy"][0]) == 2
     assert E.read_scores(ckpt, E.load_mmlu(str(tmp_path / "more")), "letter") is None  # of another set

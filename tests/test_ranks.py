@@ -114,7 +114,7 @@ def test_a_nan_on_one_rank_ends_all_with_one_line_and_is_not_saved(folder, both)
 
 def test_an_attack_and_its_scores_do_not_depend_on_the_number_of_processes(folder, both):
     """recover.py from end to end on a model that knows one side: before the attack and after it."""
-    assert both[1]["recover"] == [0, 0]
+    assert both[1]["recover"] == both[1]["sweep"] == [0, 0]
     call("recover", "--ckpt", folder / "one" / "model", *ranks.ATTACK, folder / "mmlu")
     found = [[], []]
     for answers, name in zip(found, ("one", "two")):

@@ -45,8 +45,9 @@ def put(folder, command, forget, retain=0.9, protocol=(), **facts):
     script, *flags = command.split()
     base = str(next((p / "base" for p in folder.parents if (p / "base").exists()), folder))
     arguments = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))
-    E.write_scores(folder, summary(forget, retain, **dict(protocol)), [])
-    own = dict(script=script, arguments=arguments, base=base, parent=base)
+    scores = summary(forget, retain, **dict(protocol))
+    E.write_scores(folder, scores, [])
+    own = dict(script=script, arguments=arguments, base=base, parent=base, protocol=scores["protocol"])
     (folder / "args.json").write_text(json.dumps(own | facts))
 
 
@@ -143,6 +144,7 @@ def test_runs_are_one_row_only_if_they_differ_in_seed_or_world(tmp_path):
         mapped(tmp_path / f"world0/{i}/rm", flags)
     for i, flags in enumerate(("--lr 3e-3", "--recovery b.zip", "--seed 1")):  # the last one: of the same row
         attack(tmp_path / "world0/rm", (0.8 - 0.3 * (i > 0), 0.9), to=tmp_path / f"attack{i}", flags=flags)
+    attack(tmp_path / "world0/rm", (0.2, 0.9), to=tmp_path / "x", flags="--seed 1")  # again: not a run more
     found = [runs for name, runs in rows_under(tmp_path, "cloze").items() if "Random" in name]
     assert sorted(map(len, found)) == [1] * 7 + [3]
     assert sorted(run["recovered"]["forget"]["acc"] for runs in found for run in runs) == [0.5] * 9 + [0.8]
@@ -181,7 +183,8 @@ def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_c
     assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["base"]["forget"]["acc"] == 1.0
     (rm / "mmlu_cloze.json").rename(rm / "mmlu_cloze.12345678.json")  # and so was the run
     E.write_scores(rm, summary(0.7, 0.6, questions="z" * 16), [])
-    assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["theta"]["forget"]["acc"] == 0.3
+    found = [run["theta"]["forget"]["acc"] for runs in rows_under(tmp_path, "cloze").values() for run in runs]
+    assert sorted(found) == [0.25, 0.3, 0.6, 0.7, 1.0]  # the control; of either set run and base
 
 
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
@@ -189,8 +192,10 @@ def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps)
     keys = ("forget", "swept_forget", "worst", "worst_se", "rho", "rho_low", "rho_high")  # Student's interval
     assert [row[k] for k in keys] == pytest.approx([40, 30, 65, 5, 0.533, -0.314, 1.381], abs=1e-3)
     assert found["Worst case"]["Random Mapping"][-1] == "2" and "†" not in str(found)
-    attack(sweeps / "world0/rm", (0.8, 0.9), to=sweeps / "lora_4", attacker="lora_4")  # elsewhere: counts too
+    for to, best in (("more/mix", 0.8), ("x/mix", 0.2)):  # elsewhere, and of the same name: counts too
+        attack(sweeps / "world0/rm", (best, 0.9), to=sweeps / to, attacker="mix")
     assert columns(sweeps)["Random Mapping"]["worst"] == pytest.approx(75)
+    assert columns(sweeps)["Random Mapping"]["attackers"] == 3  # of the world with fewer
     E.write_scores(sweeps / "world2/rm/recovered", summary(0.4, 0.7), [])
     row = printed(columns(sweeps))["Table 1"]["Random Mapping"]
     assert row[-2].endswith("†") and row[-1] == "3" and "† in at least one run" in E.tables(columns(sweeps))
