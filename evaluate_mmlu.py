@@ -418,8 +418,7 @@ def title(facts):
 
 
 def settings(facts, *free):
-    """What a result depends on: an args.json's arguments, but for FREE and `free`; of a path its last two
-    parts (of a world's one)."""
+    """What a result depends on: an args.json's arguments, but for FREE and `free`; of paths the ends."""
     kept = {k: v for k, v in facts.get("arguments", {}).items() if k not in {*FREE, *free}}
     paths, n = ("model", "ckpt", "base", "data", "retain", "recovery", "mmlu", "questions"), facts.get("tiny")
     return {k: Path(v).parts[-1 if n else -2 :] if k in paths and v else v for k, v in kept.items()}
@@ -443,9 +442,8 @@ def rows_under(root, form):
     free = ("ckpt", "base", "seed", "eval_every", "micro_batch", "sweep")  # in the runs of a row
     groups, bases, rows, attacks = {}, {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    facts = {folder: known for folder, known in facts.items() if "script" in known}
     for folder, known in facts.items():  # {(victim, protocol): [attack ..]}
-        if known["script"] == "recover.py":
+        if known.get("script") == "recover.py":
             protocol = (*(known["protocol"] | {"format": form}).items(),)
             if known["protocol"]["format"] == form if known.get("attacker") else scored(folder, protocol):
                 attacks.setdefault((place(known["parent"], folder), protocol), []).append(folder)

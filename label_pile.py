@@ -153,10 +153,10 @@ def read_chunks(rows, tokenizer, limit, shard, max_bytes, after):
     for d, row in enumerate(rows):
         if size >= max_bytes:
             return
-        size += len(row["text"].encode())
+        size += len((row["text"] or "").encode())
         if d % shard[1] != shard[0] or (after and d < after[0]):
             continue
-        for k, piece in enumerate(cut(row["text"], tokenizer, limit)):
+        for k, piece in enumerate(cut(row["text"] or "", tokenizer, limit)):
             if not after or (d, k) > after:
                 yield (d, k), piece, row.get("meta") or {}, size
 

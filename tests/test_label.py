@@ -44,6 +44,9 @@ def test_cuts_are_short_enough_and_lose_nothing(make, limit):
     assert max(sizes) <= limit or limit < 4  # one character can be three tokens
     assert re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
     assert limit == 1 or sum(sizes) / len(sizes) > 0.6 * limit  # and no shorter than need be
+    rows = [{"text": x} for x in (text, None, text)]  # a document without text has no chunks
+    found = [d for (d, _), *_ in L.read_chunks(rows, tokenizer, limit, (0, 1), 10**6, None)]
+    assert found == [0] * len(pieces) + [2] * len(pieces)
 
 
 def test_the_prompt_is_openchats_with_and_without_a_template():
