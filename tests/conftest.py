@@ -41,6 +41,12 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def moved(model, before):
+    """Names of a model's weights that are not those of an equal model or a state dict of before."""
+    before = before if isinstance(before, dict) else before.state_dict()
+    return {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+
+
 def toy_model(kind="llama", vocab=60, seed=0, dtype=torch.float32, **more):
     """A random two-layer model of one of KINDS, of width 16, which trains on whole batches."""
     torch.manual_seed(seed)
