@@ -44,7 +44,7 @@ def test_an_outer_step_holds_weights_phi_and_two_moments_whatever_K_is(optimizer
 
 CASES = {  # flags of a dry run of what RUNS does
     "random_mapping": (random_mapping, ()),
-    "mlac_ar": (mlac_ar, ("--K", "1")),
+    "mlac_ar": (mlac_ar, ("--K", "2")),
     "finetune": (recover, ("--optimizer", "sgd", "--retain-mix", "0.5")),
     "adv_probes": (adv_probes, ("--probe-width", "8")),
     **{name: (baselines, ("--method", name)) for name in ("max_entropy", "undo")},
@@ -61,7 +61,7 @@ def test_the_dry_run_predicts_the_peak_of_a_step(name, tmp_path, capsys):
         module.main(module.parse_args([*map(str, where), "--tokens", str(T), *flags, "--dry-run"]))
     printed = capsys.readouterr().out
     told = {what: float(gb) for what, gb in re.findall(r"^(\D+?) +([\d.]+) GB$", printed, re.M)}
-    B_f, B_r = {"mlac_ar": (2 * B, B), "finetune": (B // 2, B // 2)}.get(name, (B, B))
+    B_f, B_r = {"mlac_ar": (3 * B, B), "finetune": (B // 2, B // 2)}.get(name, (B, B))
     x = Batches(B_f, T, V, full=True), Batches(B_r, T, V, full=True)
     found = peak(toy, lambda model: RUNS[name](model, *x, steps=1, lr=1e-3)) / 1e9
     found -= 3 * size(toy) / 1e9 * (name == "mlac_ar")

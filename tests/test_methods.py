@@ -19,13 +19,13 @@ from recover import finetune
 TEXTS = [f"text number {i} says {i * i % 17} and {'more ' * (i % 5)}" for i in range(40)]
 RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
     "random_mapping": random_mapping,
-    "mlac_ar": lambda *x, steps, **more: mlac_ar(*x, K=1, N=steps, alpha=1, **more),
+    "mlac_ar": lambda *x, steps, **more: mlac_ar(*x, K=2, N=steps, alpha=1, **more),
     "finetune": partial(finetune, mix=0.5, optimizer="sgd"),
     "rmu": partial(B.rmu, layer=2, steer=6.5, weight=100.0),
     "undo": lambda model, *x, **more: undo(model, copy.deepcopy(model), *x, **more),
     "overwriting": lambda *x, **more: overwriting(*x, rounds=1, rare=0.05, **more),
     **{name: partial(B.baseline, method=name) for name in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
-    "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, f, probe_width=8, **more),
+    "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, r, probe_width=8, **more),
     "swd": lambda model, f, r, **more: adv_probes(model, f, r, None, freeze=False, **more),
 }
 
@@ -189,7 +189,7 @@ def test_alpha_zero_is_finetuning_on_retain_text_bit_exactly():
 def test_a_loss_of_nan_stops_before_the_update(method, capsys):
     model = toy_model(num_hidden_layers=3)
     model.get_input_embeddings().weight.data[5] = math.nan
-    fine, nan = ((torch.full((4, 6), token), torch.ones(4, 6, dtype=torch.bool)) for token in (8, 5))
+    fine, nan = ((torch.full((6, 6), token), torch.ones(6, 6, dtype=torch.bool)) for token in (8, 5))
     fine, bad = [fine] * 9, [fine, fine, nan] + [fine] * 6
     for forget, retain in ((bad, fine), (fine, bad)):
         a, b = copy.deepcopy(model), copy.deepcopy(model)
