@@ -1,15 +1,14 @@
 """What the scripts cost on one H100, in ten minutes: the most important figures first, each written at once.
 
-    python tests/bench_gpu.py --predict   # before, on any machine: dry runs   -> bench_gpu.predicted.json
-    python tests/bench_gpu.py             # on the GPU                         -> bench_gpu.jsonl
-    python tests/bench_gpu.py --cpu       # rehearsal: all of it on a tiny config, in a minute
+    python tests/bench_gpu.py          # on the GPU                                      -> bench_gpu.jsonl
+    python tests/bench_gpu.py --cpu    # rehearsal: all of it on a tiny config, in a minute
 
 The model has Llama-2-7B's config and random weights; batches are the scripts' defaults:
 
     s/step       of the steps after the first, which compiles the update
     over plain   the step's time over that of as many plain passes (forward and backward of one batch, nothing
                  else) as it has: 2K + 1 for MLAC-AR, 4 for Recovery, 2 for the others
-    peak         GB allocated at most; predicted: by --dry-run, from the file that --predict wrote
+    peak         GB allocated at most; predicted: by the script's own --dry-run
     questions/s  of five shots and MMLU's average length (about 600 tokens)
 
 Exit status 1 if a figure fails.
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from adv_probes import adv_probes
 from baselines import baseline
-from common import next_token_loss, read_json, write_json
+from common import next_token_loss
 from evaluate_mmlu import Exam, score_mmlu
 from mlac_ar import mlac_ar
 from random_mapping import random_mapping
@@ -56,20 +55,16 @@ METHODS = {  # function, batches in a step of each stream, plain passes per step
 }
 
 
-def predict(path, every):
-    """Writes the peaks, in GB, that the scripts' own dry runs print for the config."""
-    found = {}
+def predicted(name, every):
+    """The peak, GB, that a script's dry run prints for the config."""
     with tempfile.TemporaryDirectory() as folder:
         CONFIG.save_pretrained(folder)
-        for name, (*_, more) in METHODS.items():
-            options = ["--dry-run", "--ckpt" if name == "recover" else "--model", folder]
-            options += ["--recompute-every", str(every)]
-            options += ["--method", more["method"]] if "method" in more else []
-            command = [sys.executable, ROOT / f"{name}.py", *options]
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
-            found[name] = float(re.search(r"^peak +([\d.]+) GB", said, re.M)[1])
-    write_json(path, found)
-    print(found)
+        method = METHODS[name][3].get("method")
+        options = ["--recompute-every", str(every), *(["--method", method] if method else [])]
+        options += ["--dry-run", "--ckpt" if name == "recover" else "--model", folder]
+        command = [sys.executable, ROOT / f"{name}.py", *options]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    return float(re.search(r"^peak +([\d.]+) GB", said, re.M)[1])
 
 
 def clock():
@@ -84,7 +79,7 @@ def batch(n):
     return ids.to(DEVICE), torch.ones_like(ids, dtype=torch.bool, device=DEVICE)
 
 
-def measure(name, model, predicted, n=3):
+def measure(name, model, every, n=3):
     """The figures of one method, over n steps after the first."""
     function, streams, passes, more = METHODS[name]
     data, one, marks = [(n + 1) * [batch(k * BATCH)] for k in streams], batch(BATCH), {}
@@ -104,7 +99,8 @@ def measure(name, model, predicted, n=3):
     function(model, *data, lr=1e-6, log=lambda i, *_, **__: marks.update({i: clock()}), **more, **steps)
     step, after = (marks[n + 1] - marks[1]) / n, plain()
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return {"s/step": step, "over plain": 2 * step / (before + after), "peak": peak, "predicted": predicted}
+    found = {"s/step": step, "over plain": 2 * step / (before + after), "peak": peak}
+    return found | {"predicted": predicted(name, every)}
 
 
 def scoring(model, n=128 if LARGE else 8):
@@ -119,10 +115,8 @@ def scoring(model, n=128 if LARGE else 8):
 
 
 def main(args):
-    if args.predict:
-        return predict(args.predicted, args.recompute_every)
     if LARGE and DEVICE == "cpu":
-        raise SystemExit("bench_gpu.py: no GPU here; --cpu rehearses, --predict makes the predictions")
+        raise SystemExit("bench_gpu.py: no GPU here; --cpu rehearses")
     torch.manual_seed(0)
     with torch.device(DEVICE):
         dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -130,10 +124,10 @@ def main(args):
     model.micro_batch = BATCH  # the scripts' default, or no less than a batch
     if DEVICE == "cuda":
         model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
-    predicted, failed = read_json(args.predicted), 0
+    failed, every = 0, args.recompute_every
     for figure in args.only or ["mlac_ar", "adv_probes", "evaluate_mmlu", *[*METHODS][2:]]:
         try:
-            found = measure(figure, model, predicted.get(figure)) if figure in METHODS else scoring(model)
+            found = measure(figure, model, every) if figure in METHODS else scoring(model)
         except (Exception, SystemExit) as error:  # memory, a kernel: the other figures are still wanted
             found, failed = {"error": f"{type(error).__name__}: {error}"}, 1
         line = json.dumps(
@@ -149,10 +143,8 @@ if __name__ == "__main__":
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add = parser.add_argument
-    add("--predict", action="store_true", help="only make the predictions")
     add("--cpu", action="store_true", help="rehearsal on a tiny config, without a GPU")
     add("--only", nargs="+", choices=[*METHODS, "evaluate_mmlu"], help="these figures")
     add("--recompute-every", type=int, default=1, help="as in the scripts; at least 1")
-    add("--predicted", default="bench_gpu.predicted.json", help="file of the predictions")
     add("--out", default="bench_gpu.jsonl", help="file that the figures are added to")
     sys.exit(main(parser.parse_args()))

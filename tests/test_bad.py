@@ -86,6 +86,8 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
     },
     "evaluate_mmlu": {
+        "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
+        "--shots 6": "--shots: invalid choice: 6",
         "--table x": "give --ckpt to score (one with --out, a directory), or --table",
         "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
         "--mmlu @hub --split validation": "validation",

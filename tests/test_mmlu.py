@@ -168,14 +168,13 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
 
     score()
     before = (ckpt / "mmlu.json").read_bytes()
-    others = dict(forget=["astronomy"]), dict(shots=2), dict(questions=own)
-    for flags in ("--forget-subjects astronomy", "--shots 2", f"--questions {own}"):
+    for flags in ("--forget-subjects astronomy", "--shots 2", f"--questions {own}", "--format cloze"):
         score(flags)
-    score("--format cloze")
-    assert (ckpt / "mmlu.json").read_bytes() == before
-    assert len([*ckpt.glob("mmlu.????????.json")]) == 3 and (ckpt / "mmlu_cloze.json").exists()
+    assert (ckpt / "mmlu.json").read_bytes() == before and (ckpt / "mmlu_cloze.json").exists()
+    assert len([*ckpt.glob("mmlu.????????.json")]) == 3
+    others = dict(forget=["astronomy"]), dict(shots=2), dict(questions=own)
     exams = [E.load_mmlu(str(tmp_path / "mmlu"), **other) for other in ({}, *others)]
     kept = [E.read_scores(ckpt, exam, "letter")[0] for exam in exams]
-    assert kept[0] == json.loads(before) and len({x["protocol"]["questions"] for x in kept}) == 4
-    assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 1] and len(exams[2]["astronomy"][0]) == 2
+    assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 1] and kept[0] == json.loads(before)
+    assert len({x["protocol"]["questions"] for x in kept}) == 4 and len(exams[2]["astronomy"][0]) == 2
     assert E.read_scores(ckpt, E.load_mmlu(str(tmp_path / "more")), "letter") is None  # of another set

@@ -14,6 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, WORLD
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluate_mmlu import rows_under
 
 SCRIPTS = (
     "random_mapping", "mlac_ar", "rmat", "adv_probes", "baselines", "recover", "evaluate_mmlu", "label_pile",
@@ -62,29 +65,23 @@ OTHERS = {  # directory that the script chooses: script, flags, phases of its lo
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
     """Short runs of all scripts but label_pile.py (see test_ranks.py); a folder with what they wrote."""
-    folder = tmp_path_factory.mktemp("runs")
-    out = folder / "out"
+    folder, short = tmp_path_factory.mktemp("runs"), ("--rm-steps", 3, "--N", 2, "--K", 2, "--batch", 8)
+    main = (
+        ("rmat", "--tiny", *short, "--log-every", 1),
+        ("recover", "--ckpt", "out/rmat", "--steps", 4, "--eval-every", 2),
+        ("evaluate_mmlu", "--table", "out", "--format", "cloze"),
+    )
 
-    def all_ended(*runs):
-        assert all(made.returncode == 0 for made in runs), "".join(made.stderr for made in runs)
-        assert not re.search("warn", "".join(made.stderr for made in runs), re.IGNORECASE)
-        return "".join(made.stdout for made in runs)
-
-    def rmat():
-        short = ("--rm-steps", 3, "--N", 2, "--K", 2, "--batch", 8, "--log-every", 1)
-        made = run("rmat", "--tiny", *short, cwd=folder)
-        attacked = run("recover", "--ckpt", "out/rmat", "--steps", 4, "--eval-every", 2, cwd=folder)
-        table = run("evaluate_mmlu", "--table", "out", "--format", "cloze", cwd=folder)
-        (folder / "printed.txt").write_text(all_ended(made, attacked))
-        (folder / "table.txt").write_text(all_ended(table))
-
-    def others():
-        all_ended(*(run(script, *SHORT, *more, cwd=folder) for script, more, _ in OTHERS.values()))
+    def printed(commands):
+        made = [run(*command, cwd=folder) for command in commands]
+        assert all(x.returncode == 0 for x in made), "".join(x.stderr for x in made)
+        assert not re.search("warn", "".join(x.stderr for x in made), re.IGNORECASE)
+        return "".join(x.stdout for x in made)
 
     with ThreadPoolExecutor(2) as pool:
-        for work in [pool.submit(rmat), pool.submit(others)]:
-            work.result()
-    return out
+        others = [(script, *SHORT, *more) for script, more, _ in OTHERS.values()]
+        (folder / "printed.txt").write_text([*pool.map(printed, (main, others))][0])
+    return folder / "out"
 
 
 @pytest.mark.parametrize("command, balance, phases", [
@@ -119,8 +116,6 @@ def test_rmat_writes_a_checkpoint_directory(out):
 
 @pytest.mark.parametrize("name", ["rmat", "rmat/random_mapping", *OTHERS])
 def test_transformers_loads_what_a_script_wrote_and_its_steps_are_logged(out, name):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(out / name, dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(WORLD / "base", dtype=model.dtype)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
@@ -143,7 +138,7 @@ def test_recover_scores_on_the_way_and_prints_its_row(out):
     assert f"{scores['composite']:.1f} ± {scores['composite_se']:.1f}" in printed
     assert "next: python recover.py --ckpt out/rmat" in printed
     assert "next: python evaluate_mmlu.py --table out/rmat" in printed
-    lines = [x for x in (out.parent / "table.txt").read_text().splitlines() if x.startswith("| RMAT |")]
+    lines = [line for line in printed.splitlines() if line.startswith("| RMAT |")]
     assert len(lines) == 1 and f"{scores['score_r']:.1f} ± {scores['score_r_se']:.1f}" in lines[0]
     again = importlib.import_module("recover").parse_args(["--ckpt", str(out / "rmat" / "recovered")])
     assert Path(again.data).name == "chunks.jsonl" and Path(again.recovery).name == "camel.zip"
@@ -164,13 +159,11 @@ def test_the_second_phase_starts_from_an_earlier_first_one(out, tmp_path):
 
 def test_an_untouched_model_is_attacked_as_its_own_base(tmp_path):
     """A checkpoint of another program, without args.json and --base; its row is the table's Base."""
-    import evaluate_mmlu
-
     shutil.copytree(WORLD / "base", tmp_path / "ckpt", ignore=shutil.ignore_patterns("args.json"))
     call("recover", "--ckpt", tmp_path / "ckpt", "--tiny", "--steps", 1, "--eval-every", 9)
     scores = json.loads((tmp_path / "ckpt" / "recovered" / "scores.json").read_text())
     assert scores["score_u"] == 0 and scores["retain"] == 100
-    assert list(evaluate_mmlu.rows_under(tmp_path, "cloze")) == ["Base"]
+    assert [*rows_under(tmp_path, "cloze")] == ["Base"]
     args = importlib.import_module("recover").parse_args(["--ckpt", "owner/model"])
     assert (args.base, args.out) == ("owner/model", "out/owner--model/recovered")
 
