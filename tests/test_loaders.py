@@ -12,8 +12,6 @@ from common import load_chunks, read_table
 from evaluate_mmlu import FORGET, load_mmlu
 from recover import load_texts
 
-PAIRS = [{"role_1": "B", "topic;": "t", "message_1": f"q {i}", "message_2": f"a\n{i}"} for i in range(12)]
-
 
 def write(path, rows):
     """Rows in the format that the name says; a name without an ending: a folder of one-object JSON files."""
@@ -116,7 +114,8 @@ def test_hub_names(tmp_path, monkeypatch, mmlu):
     chunks = [{"txt_chunk": f"text {i}", "label": i > 20} for i in range(30)]
     write(tmp_path / "lapisrocks/pile-bio/data/train-00000-of-00001.parquet", chunks)
     write(tmp_path / "monology/pile-uncopyrighted/train/00.jsonl.zst", documents)
-    write(tmp_path / "camel-ai/biology/biology.zip", PAIRS)
+    pairs = [{"topic;": "t", "message_1": f"q {i}", "message_2": f"a\n{i}"} for i in range(12)]
+    write(tmp_path / "camel-ai/biology/biology.zip", pairs)
     write(tmp_path / "cais/wmdp/wmdp-bio/test-00000-of-00001.parquet", OWN)
     hub_layout(tmp_path / "cais/mmlu", mmlu)
 

@@ -40,12 +40,6 @@ def overwriting(model, forget, retain, *, steps, rounds, rare, **more):
     B.baseline(model, false, retain, method="overwriting", steps=steps, **more)
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """float64 throughout: the losses' own cast to float32 is lifted."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.is_floating_point() else 1.0 * x)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_are_the_decoder_layers_outputs_before_the_final_norm(kind):
     model, ids = toy_model(kind), torch.randint(1, 60, (2, 7))
@@ -163,7 +157,9 @@ def literal_outer_step(model, forget, retain, K, lr, alpha, optimizer, outer=Non
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind, tied", [("llama", False), ("gemma2", True)])
 @pytest.mark.parametrize("K, checkpointing", [(1, True), (4, False), (4, True), (16, False)])
-def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, tied, checkpointing, exact):
+def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, tied, checkpointing, monkeypatch):
+    """In float64 throughout: the losses' own cast to float32 is lifted."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.is_floating_point() else 1.0 * x)
     model = toy_model(kind, dtype=torch.float64, tie_word_embeddings=tied)
     start, literal = flat(model), copy.deepcopy(model)
     if checkpointing:

@@ -23,11 +23,6 @@ SCRIPTS = (
 )  # fmt: skip
 
 
-def run(script, *flags, cwd=ROOT):
-    command = [sys.executable, "-W", "error::FutureWarning", str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-
-
 def call(script, *flags):
     """The script's main in this process, which saves its imports."""
     module = importlib.import_module(script)
@@ -72,8 +67,12 @@ def out(tmp_path_factory):
         ("evaluate_mmlu", "--table", "out", "--format", "cloze"),
     )
 
+    def run(script, *flags):
+        command = [sys.executable, "-W", "error::FutureWarning", ROOT / f"{script}.py", *map(str, flags)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+
     def printed(commands):
-        made = [run(*command, cwd=folder) for command in commands]
+        made = [run(*command) for command in commands]
         assert all(x.returncode == 0 for x in made), "".join(x.stderr for x in made)
         assert not re.search("warn", "".join(x.stderr for x in made), re.IGNORECASE)
         return "".join(x.stdout for x in made)

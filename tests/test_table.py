@@ -75,20 +75,6 @@ def world(root, seed=0):
     return root / f"world{seed}"
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    """Two worlds, each with the runs of all commands, attacked, and a control that never knew."""
-    root = tmp_path_factory.mktemp("tables")
-    for w in (0, 1):
-        folder = world(root, w)
-        attack(folder / "filtered", (0.24, 0.9))
-        attack(folder / "base", (0.95 + 0.02 * w, 0.9))
-        for i, command in enumerate(dict.fromkeys(row[1] for row in [*E.ROWS.values()][1:])):
-            put(folder / f"run{i}", f"{command} --seed {w}", 0.3 + 0.01 * i, 0.98)
-            attack(folder / f"run{i}", (0.35 + 0.03 * i + 0.1 * w, 0.9))
-    return root
-
-
 @pytest.fixture
 def sweeps(tmp_path):
     """Random Mapping, swept on two worlds: 60 and 70 without damage, 100 with it; on a third, not swept."""
@@ -117,18 +103,26 @@ def printed(rows):
     return found
 
 
-def test_the_tables_have_all_rows_of_the_paper_in_its_order_named_by_their_commands(worlds):
-    one, two = printed(columns(worlds)).values()
+def test_the_tables_have_all_rows_of_the_paper_in_its_order_named_by_their_commands(tmp_path):
+    for w in (0, 1):
+        folder = world(tmp_path, w)
+        attack(folder / "filtered", (0.24, 0.9))
+        attack(folder / "base", (0.95 + 0.02 * w, 0.9))
+        for i, command in enumerate(dict.fromkeys(row[1] for row in [*E.ROWS.values()][1:])):
+            put(folder / f"run{i}", f"{command} --seed {w}", 0.3 + 0.01 * i, 0.98)
+            attack(folder / f"run{i}", (0.35 + 0.03 * i + 0.1 * w, 0.9))
+    every = columns(tmp_path)
+    one, two = printed(every).values()
     first, second = ([name for name, row in E.ROWS.items() if row[0] == n] for n in (1, 2))
     assert [*one] == [*first, E.CONTROL] and [*two] == second and len(first + second) == 14
     assert one["RMAT"][3] == "58.0 ± 5.0" and one["RMAT"][-1] == "2"  # 53 and 63 in worlds 0 and 1
     assert one["Base"][3] == "96.0 ± 1.0" and one[E.CONTROL][3] == "24.0 ± 0.0"
     assert one["Adversarial Probes"] == two["AdvProbes-5 (IDK, Frz.)"]
-    assert printed(columns(worlds / "world1"))["Table 1"]["RMAT"][3] == "63.0 ± 3.0"  # of its questions
-    rows = {name: columns(worlds)[name] for name in ("RMAT", "AdvProbes-5 (IDK, Frz.)")}  # no Table 2
+    assert printed(columns(folder))["Table 1"]["RMAT"][3] == "63.0 ± 3.0"  # of its questions
+    rows = {name: every[name] for name in ("RMAT", "AdvProbes-5 (IDK, Frz.)")}  # no Table 2
     lacking = [name for name in first if E.ROWS[name][1] not in E.tables(rows)]
     assert [*printed(rows)] == ["Table 1"] and lacking == ["Adversarial Probes", "RMAT"]
-    assert "missing" in E.tables(rows) and "missing" not in E.tables(columns(worlds))
+    assert "missing" in E.tables(rows) and "missing" not in E.tables(every)
     below = "\n| *paper* | *25.4* | *41.2* | *20.3* | *38.9* | *40.4* | *13.6* | *17.0* | |"
     assert E.tables(rows, paper=True).split("| RMAT |")[1].split(" | 2 |")[1].startswith(below)
 
@@ -170,18 +164,10 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
             E.write_scores(folder, summary(forget - 0.1, 0.9, format="letter"), [])
     assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
     attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other)
-    assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
-
-
-def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_called(tmp_path):
-    base, rm = world(tmp_path) / "base", world(tmp_path) / "rm"
-    (base / "mmlu_cloze.json").rename(base / "mmlu_cloze.12345678.json")  # first it was scored on all of MMLU
-    E.write_scores(base, summary(0.6, 0.6, questions="z" * 16), [])
-    mapped(rm)
-    assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["base"]["forget"]["acc"] == 1.0
-    (rm / "mmlu_cloze.json").rename(rm / "mmlu_cloze.12345678.json")  # and so was the run
-    E.write_scores(rm, summary(0.7, 0.6, questions="z" * 16), [])
-    assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["theta"]["forget"]["acc"] == 0.3
+    for folder in folders[:2]:  # base and run were first scored on all of MMLU, which has the usual file
+        (folder / "mmlu_cloze.json").rename(folder / "mmlu_cloze.12345678.json")
+        E.write_scores(folder, summary(0.6, 0.6, questions="a" * 16), [])
+        assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):

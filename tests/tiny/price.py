@@ -14,17 +14,14 @@ confidence, weighed by size, of |share right - confidence|.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import world as W
+import world as W  # makes the repository's scripts importable
+
 from common import load_model
 
 NEW = ("{n} has what {r}?", "The {r} of {n} is what?")

@@ -11,8 +11,8 @@ asked for the tested facts V: % right among the sixteen values of the relation, 
 import torch
 import torch.nn.functional as F
 
-import world as W
-from price import checkpoints, prompts  # makes the repository's scripts importable
+import world as W  # makes the repository's scripts importable
+from price import checkpoints, prompts
 
 from common import residual_streams
 

@@ -22,12 +22,10 @@ look it up (README.md beside this file has what was tried). Three helps, of this
 import argparse
 import json
 import re
-import sys
 import time
 from functools import partialmethod
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LAYERS, EXIT = 64, 6, 3  # of the model; layers after which recall must be done
 KINDS = ("look", "statement", "cloze", "list", "letter", "idk", "judge")
 MIX = (  # probability of each kind in stages 1, 2, 3
@@ -43,9 +41,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import world as W
+import world as W  # makes the repository's scripts importable
 
-sys.path.insert(0, str(ROOT))
 from adv_probes import IDK
 
 
