@@ -42,9 +42,8 @@ def flat(model):
 
 
 def moved(model, before):
-    """Names of a model's weights that are not those of an equal model or a state dict of before."""
-    before = before if isinstance(before, dict) else before.state_dict()
-    return {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    """Names of a model's weights that differ from those of another one."""
+    return {k for k, p in model.named_parameters() if not torch.equal(p, before.get_parameter(k))}
 
 
 def toy_model(kind="llama", vocab=60, seed=0, dtype=torch.float32, **more):
