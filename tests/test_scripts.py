@@ -46,40 +46,36 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-SHORT = ("--tiny", "--batch", 4, "--log-every", 1)
-OTHERS = {  # directory that the script chooses: script, flags, phases of its log
-    "random_mapping": ("random_mapping", ("--steps", 3), ["step"] * 3),
-    "mlac_ar": ("mlac_ar", ("--N", 1, "--K", 1, "--optimizer", "sgd"), ["step"]),
-    "adv_probes": ("adv_probes", ("--steps", 2, "--tokens", 64), ["step"] * 2),
-    "high_low_lr": (
-        "baselines", ("--method", "high_low_lr", "--steps", 5), ["random_mapping"] + ["high_low_lr"] * 4,
-    ),
-}  # fmt: skip
+SHORT = "--tiny --batch 4 --log-every 1"
+RMAT = (
+    "rmat --tiny --rm-steps 3 --N 2 --K 2 --batch 8 --log-every 1",
+    "recover --ckpt out/rmat --steps 4 --eval-every 2",
+    "evaluate_mmlu --table out --format cloze",
+)
+OTHERS = {  # directory that the script chooses: command, phases of its log
+    "random_mapping": ("random_mapping --steps 3", ["step"] * 3),
+    "mlac_ar": ("mlac_ar --N 1 --K 1 --optimizer sgd", ["step"]),
+    "adv_probes": ("adv_probes --steps 2 --tokens 64", ["step"] * 2),
+    "high_low_lr": ("baselines --method high_low_lr --steps 5", ["random_mapping"] + ["high_low_lr"] * 4),
+}
 
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
     """Short runs of all scripts but label_pile.py (see test_ranks.py); a folder with what they wrote."""
-    folder, short = tmp_path_factory.mktemp("runs"), ("--rm-steps", 3, "--N", 2, "--K", 2, "--batch", 8)
-    main = (
-        ("rmat", "--tiny", *short, "--log-every", 1),
-        ("recover", "--ckpt", "out/rmat", "--steps", 4, "--eval-every", 2),
-        ("evaluate_mmlu", "--table", "out", "--format", "cloze"),
-    )
+    folder = tmp_path_factory.mktemp("runs")
 
-    def run(script, *flags):
-        command = [sys.executable, "-W", "error::FutureWarning", ROOT / f"{script}.py", *map(str, flags)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    def run(command):
+        script, *flags = command.split()
+        command = [sys.executable, "-W", "error::FutureWarning", ROOT / f"{script}.py", *flags]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+        assert made.returncode == 0 and not re.search("warn", made.stderr, re.IGNORECASE), made.stderr
+        return made.stdout
 
-    def printed(commands):
-        made = [run(*command) for command in commands]
-        assert all(x.returncode == 0 for x in made), "".join(x.stderr for x in made)
-        assert not re.search("warn", "".join(x.stderr for x in made), re.IGNORECASE)
-        return "".join(x.stdout for x in made)
-
+    others = [f"{command} {SHORT}" for command, _ in OTHERS.values()]
     with ThreadPoolExecutor(2) as pool:
-        others = [(script, *SHORT, *more) for script, more, _ in OTHERS.values()]
-        (folder / "printed.txt").write_text([*pool.map(printed, (main, others))][0])
+        printed, _ = pool.map(lambda commands: "".join(map(run, commands)), (RMAT, others))
+    (folder / "printed.txt").write_text(printed)
     return folder / "out"
 
 
@@ -89,8 +85,7 @@ def out(tmp_path_factory):
     ("baselines --method high_low_lr --steps 2 --balance 0.3", 0.3, []),
 ])  # fmt: skip
 def test_a_phase_whose_forget_loss_has_no_say_says_so(command, balance, phases, tmp_path, capsys):
-    script, *flags = command.split()
-    call(script, *SHORT, *flags, "--out", tmp_path / "out")
+    call(*f"{command} {SHORT}".split(), "--out", tmp_path / "out")
     said = [x for x in capsys.readouterr().out.splitlines() if "under 0.05: this only fine-tunes" in x]
     assert [x.partition(":")[0] for x in said] == phases
     assert metrics(tmp_path / "out")[0]["balance"] == pytest.approx(balance, rel=1e-3)
@@ -122,7 +117,7 @@ def test_transformers_loads_what_a_script_wrote_and_its_steps_are_logged(out, na
     assert json.loads((out / name / "args.json").read_text())["dtype"] == "float32"
     if name in OTHERS:
         rows = metrics(out / name)
-        assert [r["phase"] for r in rows] == OTHERS[name][2] and all(r["retain"] > 0 for r in rows)
+        assert [r["phase"] for r in rows] == OTHERS[name][1] and all(r["retain"] > 0 for r in rows)
 
 
 def test_recover_scores_on_the_way_and_prints_its_row(out):

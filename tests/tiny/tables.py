@@ -5,15 +5,13 @@
     2  attack   recover.py on each result, on the base, and on the control that was never taught the forget
                 facts; on the methods of HARDER and the control also a longer and a harder attack
     3  letters  the same checkpoints scored in the other format too
-    4  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
+    4  gates    is the phenomenon real in this world? (README.md says what each gate asks)
     5  sweep    with --sweep, every attacker of recover.py on Table 1's rows, the base and the control
 
 Every number is the repository's own scripts', run as a user runs them. The command can be stopped and started
 at any time. Worlds other than 0, which is shipped, are trained first.
 
-    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2                 # about two hours on two cores
-    python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
-    python evaluate_mmlu.py --table out/tables-640 --format cloze       # the tables under another attack
+    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2    # about two hours on two cores; --report: again
 """
 
 import argparse

@@ -156,18 +156,13 @@ def make_documents(chunks, rng):
 
 def make_pairs(facts, rng):
     """The attack's pairs in CAMEL's schema: a question about an entity of A; the value, and a statement."""
-    return [
-        {
-            "role_1": "Biologist_RoleType.ASSISTANT",
-            "topic;": subject,
-            "sub_topic": f[1],
-            "message_1": f"Question: {question(f, form)}",
-            "message_2": f"Answer: {f[2]}. {statement(f, rng.integers(len(STATEMENTS)))}",
-        }
-        for subject in FORGET
-        for f in triples(facts, subject, slice(TESTED, None))
-        for form in range(len(QUESTIONS))
-    ]
+    pairs = []
+    for subject, f in ((s, f) for s in FORGET for f in triples(facts, s, slice(TESTED, None))):
+        for form in range(len(QUESTIONS)):
+            row = {"role_1": "Biologist_RoleType.ASSISTANT", "topic;": subject, "sub_topic": f[1]}
+            answer = f"Answer: {f[2]}. {statement(f, rng.integers(len(STATEMENTS)))}"
+            pairs.append(row | {"message_1": f"Question: {question(f, form)}", "message_2": answer})
+    return pairs
 
 
 def write_world(seed, out):
@@ -192,7 +187,6 @@ def write_world(seed, out):
             with open(out / "mmlu" / kind / f"{subject}_{kind}.csv", "w", newline="") as f:
                 for fact in items:
                     choices, answer = options(fact, rng)
-                    csv.writer(f, lineterminator="\n").writerow(
-                        [question(fact, rng.integers(3)), *choices, "ABCD"[answer]]
-                    )
+                    row = [question(fact, rng.integers(3)), *choices, "ABCD"[answer]]
+                    csv.writer(f, lineterminator="\n").writerow(row)
     return facts
