@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import WORLD, Batches, bpe, flat, moved, toy_model, write_csvs
 from test_loaders import write
-from test_mmlu import ARCHITECTURES, words
+from test_mmlu import words
 
 import recover as R
 from common import Optimizer, fail, next_token_loss
@@ -65,7 +65,7 @@ def test_adapters_start_at_nothing_train_alone_and_are_merged(kind):
 def test_rounding_and_pruning_act_on_every_matrix_of_the_layers(kind, n):
     """Fused experts included."""
     for probe, x in ((R.prune, 0.3), (R.round_weights, 4), (R.round_weights, 8)):
-        model, before = (toy_model(kind, **ARCHITECTURES[kind]) for _ in "ab")
+        model, before = (toy_model(kind) for _ in "ab")
         probe(model, x)
         assert moved(model, before) == inner(model) and len(inner(model)) == 2 * n
         for old, new in ((before.get_parameter(k), model.get_parameter(k)) for k in inner(model)):
@@ -135,7 +135,7 @@ def place(tmp_path_factory, mmlu):
     write(root / "rows.jsonl", rows)
     for kind in ("llama", "gpt2", "gemma2", "mixtral"):
         for seed, name in enumerate(("base", "unlearned")):
-            model = toy_model(kind, vocab=len(tokenizer) + 20, seed=seed, **ARCHITECTURES[kind])
+            model = toy_model(kind, vocab=len(tokenizer) + 20, seed=seed)
             [x.save_pretrained(root / kind / name) for x in (model, tokenizer)]
     return root
 

@@ -95,15 +95,9 @@ def test_mmlu_as_parquet_is_mmlu_as_csv(tmp_path, mmlu):
     write(tmp_path / "hub" / "astronomy" / "test-00000-of-00001.parquet", OWN)  # the clone's other configs
     a, b = load_mmlu(tmp_path / "csv"), load_mmlu(hub_layout(tmp_path / "hub", mmlu))
     assert a == b == mmlu and a.protocol("letter") == b.protocol("letter")
-    write(tmp_path / "kinds" / "a.jsonl", OWN)
-    write(tmp_path / "kinds" / "b.parquet", OWN)
-    with pytest.raises(SystemExit):
-        read_table(str(tmp_path / "kinds"), "--mmlu")
-    for name in ("dev.jsonl", "test.jsonl"):  # other splits are not taken for the one that is missing
-        write(tmp_path / "splits" / name, OWN)
-    assert len([*read_table(str(tmp_path / "splits"), "--mmlu", split="dev")]) == 3
-    with pytest.raises(SystemExit):
-        read_table(str(tmp_path / "splits"), "--mmlu", split="validation")
+    for n, name in enumerate(("dev.jsonl", "test.jsonl")):
+        write(tmp_path / "splits" / name, OWN[n:])
+    assert len([*read_table(str(tmp_path / "splits"), "--mmlu", split="test")]) == 2
     write_csvs(tmp_path / "val", mmlu, "val")
     assert load_mmlu(tmp_path / "val", split="validation") == mmlu
 

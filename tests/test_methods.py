@@ -40,7 +40,7 @@ def overwriting(model, forget, retain, *, steps, rounds, rare, **more):
     B.baseline(model, false, retain, method="overwriting", steps=steps, **more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS][:5])
 def test_streams_are_the_decoder_layers_outputs_before_the_final_norm(kind):
     model, ids = toy_model(kind), torch.randint(1, 60, (2, 7))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_mapping_loss_in_closed_form_and_its_targets_are_gaussian(monkeypatch):
     assert mapping_loss(spoilt, ids, torch.ones_like(mask), r) > 0.05  # control: the pad counts if unmasked
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS][:5])
 def test_next_token_loss_is_cross_entropy_without_pads(kind):
     model, (ids, mask) = toy_model(kind), Batches(4)[0]
     logits, targets = (x[mask[:, 1:]] for x in (model(ids).logits[:, :-1], ids[:, 1:]))

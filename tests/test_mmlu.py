@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bpe, spm_like, toy_model, write_csvs
+from conftest import KINDS, bpe, spm_like, toy_model, write_csvs
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -66,23 +66,12 @@ def agree(model, tokenizer, exam, form):
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
 
 
-ARCHITECTURES = {
-    "llama": {}, "qwen2": {}, "gemma2": {}, "gpt_neox": {}, "gpt2": {}, "mistral": {},
-    "gemma3_text": dict(head_dim=8, sliding_window=9, layer_types=["sliding_attention", "full_attention"]),
-    "mixtral": dict(num_local_experts=4),
-    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8),
-    "granite": dict(logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0),
-    "cohere": dict(logit_scale=0.3),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_batched_scores_are_those_of_bare_passes(kind, form, mmlu):
     """Sliding windows of 9 tokens end within the shots, experts, scaled logits and tied heads included."""
     tokenizer = bpe(words(mmlu))
-    model = toy_model(kind, vocab=len(tokenizer), **{"initializer_range": 0.5} | ARCHITECTURES[kind])
-    agree(model, tokenizer, asked(mmlu), form)
+    agree(toy_model(kind, vocab=len(tokenizer), initializer_range=0.5), tokenizer, asked(mmlu), form)
 
 
 @pytest.mark.parametrize("form", FORMS)

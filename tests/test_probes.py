@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import Batches, bpe, moved, spm_like, toy_model
 from test_methods import TEXTS, overwriting, undo
-from test_mmlu import ARCHITECTURES
 
 import adv_probes as P
 import baselines as B
@@ -196,7 +195,7 @@ def test_rmu_moves_three_matrices_and_the_stream_of_its_layer(kind, name):
     seen, more = [], dict(layer=2, steer=20.0, log=lambda i, n, **v: seen.append(v))
     forget, retain = Batches(4, seed=1, same=True, vocab=30), Batches(4, seed=2, same=True)
     for weight in (0.0, 100.0):
-        model, before = (toy_model(kind, num_hidden_layers=4, **ARCHITECTURES[kind]) for _ in "ab")
+        model, before = (toy_model(kind, num_hidden_layers=4) for _ in "ab")
         B.rmu(model, forget, retain, steps=60, lr=1e-2, weight=weight, **more)
     assert moved(model, before) == {f"model.layers.{l}.mlp.{name}" for l in (0, 1, 2)}
     assert seen[0]["held"] == 0 < 100 * seen[-1]["held"] < seen[59]["held"]  # h_0: of the first weights
@@ -217,7 +216,7 @@ def test_undo_distils_the_model_that_it_was_back():
     assert seen[0]["forget"] > 0.2 and seen[-1]["forget"] < 0.3 * seen[0]["forget"]
     W, W_0 = (m.model.layers[1].mlp.up_proj.weight.flatten() for m in (model, teacher))
     assert torch.cosine_similarity(W, W_0, dim=0) < 0.6  # its answers are back, its weights are not
-    model, before = (toy_model("mixtral", **ARCHITECTURES["mixtral"]) for _ in "ab")
+    model, before = (toy_model("mixtral") for _ in "ab")
     B.add_noise(model, 0.5, 0)
     inside = {k for k, p in model.named_parameters() if ".layers." in k and p.ndim > 1}
     assert moved(model, before) == inside
