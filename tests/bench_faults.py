@@ -9,6 +9,7 @@ args.json or a config.json, the weights beside it are those of the undisturbed r
 and as bit-equal if its chain ended like the undisturbed run.
 """
 
+import argparse
 import os
 import random
 import shutil
@@ -19,8 +20,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from timing import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = "--tiny --batch 4 --log-every 1 --save-every 1e-9".split()
@@ -113,7 +112,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser, add = flags(__doc__)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    add = parser.add_argument
     add("--kills", type=int, default=100, help="in all, over all scripts")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--seed", type=int, default=0, help="of the moments and the signals")

@@ -16,6 +16,7 @@ Then scoring, the miniature's row of Table 1 on this device, whether a killed ru
 --real Random Mapping's row on a real model. Exit status 1 if a figure fails or misses its goal.
 """
 
+import argparse
 import json
 import os
 import random
@@ -31,21 +32,22 @@ START, ARGV = time.time(), sys.argv[1:]
 if "--cpu" in ARGV:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch
-from transformers import AutoTokenizer, LlamaConfig
-
 import bench_faults
-from timing import DEVICE, flags, plain_passes, random_batches, random_model, seconds, step_seconds
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+ROOT, DEVICE = bench_faults.ROOT, "cuda" if torch.cuda.is_available() else "cpu"
+sys.path.insert(0, str(ROOT))
 
 from adv_probes import adv_probes
 from baselines import baseline
-from common import read_json, write_json
+from common import next_token_loss, read_json, write_json
 from evaluate_mmlu import Exam, score_mmlu
 from mlac_ar import mlac_ar
 from random_mapping import random_mapping
 from recover import finetune
 
-ROOT, CUDA, LARGE = bench_faults.ROOT, DEVICE == "cuda", "--cpu" not in ARGV
+CUDA, LARGE = DEVICE == "cuda", "--cpu" not in ARGV
 TINY = dict(vocab_size=4000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 CONFIG = LlamaConfig(architectures=["LlamaForCausalLM"], **{} if LARGE else TINY)  # defaults: Llama-2-7B
 BATCH, TOKENS, K = (16, 256, 4) if LARGE else (4, 32, 4)
@@ -57,6 +59,46 @@ METHODS = {  # function, batches in a step of each stream, plain passes per step
     "baselines": (baseline, (1, 1), 2, dict(method="max_entropy")),
     "recover": (finetune, (4,), 4, {}),
 }
+
+
+def clock():
+    """Seconds, read when the device has nothing left to do."""
+    getattr(torch, DEVICE).synchronize()
+    return time.perf_counter()
+
+
+def seconds(work):
+    start, _ = clock(), work()
+    return clock() - start
+
+
+def step_seconds(train, n=1):
+    """Seconds of a step of train(steps, log), mean of n: not of the first, which allocates and compiles."""
+    marks = []
+    train(n + 1, lambda i, *_, **__: marks.append(clock()) if i in (1, n + 1) else None)
+    return (marks[1] - marks[0]) / n
+
+
+def random_model(config, dtype=torch.float32):
+    """A model of random weights, made on the device."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.micro_batch = 0
+    return model
+
+
+def random_batches(n, batch, tokens, vocab):
+    """n batches (ids, mask) without padding, on the device."""
+    ids = torch.randint(1, vocab, (n, batch, tokens), generator=torch.Generator().manual_seed(0))
+    return [(x, torch.ones_like(x, dtype=torch.bool)) for x in ids.to(DEVICE)]
+
+
+def plain_passes(model, batches):
+    """A forward and a backward pass of each batch and nothing else: what a step is compared with."""
+    for batch in batches:
+        next_token_loss(model, *batch).backward()
+        model.zero_grad()
 
 
 def predict(path, every):
@@ -172,7 +214,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser, add = flags(__doc__)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    add = parser.add_argument
     add("--predict", action="store_true", help="only make the predictions")
     add("--cpu", action="store_true", help="rehearsal on a tiny config, without a GPU")
     add("--real", help="flags of tests/real/rows.py, in quotes: a real model's row too")

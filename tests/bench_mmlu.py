@@ -9,6 +9,7 @@ own templates, five shots, read from local files. Answers may differ only where 
 within 1e-3 (of log-probability; per character for cloze). Exit status 1 if others differ.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -19,8 +20,6 @@ import yaml
 from conftest import bpe, toy_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-
-from timing import DEVICE, flags
 
 from common import load_model
 from evaluate_mmlu import load_mmlu, score_mmlu
@@ -42,18 +41,15 @@ def harness_tasks(mmlu, form, folder):
     kind, end = ("default", "") if form == "letter" else ("continuation", "_continuation")
     tasks = {}
     for subject, parts in mmlu.items():
-        own = not parts[0]  # of --wmdp
-        home = Path(lm_eval.__file__).parent / "tasks" / ("wmdp" if own else f"mmlu/{kind}")
-        task, template = ("wmdp_bio", "_default") if own else (f"mmlu_{subject}", f"_{kind}")
-        template = yaml.safe_load((home / f"{template}_template_yaml").read_text())
-        files = {}
-        for name, rows in [(n, rows) for n, rows in zip(("dev", "test"), parts) if rows]:
+        home, files = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / kind, {}
+        template = yaml.safe_load((home / f"_{kind}_template_yaml").read_text())
+        for name, rows in zip(("dev", "test"), parts):
             files[name] = f"{folder}/{form}_{subject}_{name}.jsonl"
             lines = [{"question": q, "subject": subject, "choices": c, "answer": a} for q, c, a in rows]
             Path(files[name]).write_text("".join(json.dumps(x) + "\n" for x in lines))
-        about = yaml.safe_load((home / f"{task}.yaml").read_text())["description"]
+        about = yaml.safe_load((home / f"mmlu_{subject}.yaml").read_text())["description"]
         data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        more = {"task": f"{task}{end}", "description": about, "num_fewshot": 0 if own else 5}
+        more = {"task": f"mmlu_{subject}{end}", "description": about, "num_fewshot": 5}
         tasks[subject] = ConfigurableTask(config=template | data | more)
     return tasks
 
@@ -82,20 +78,13 @@ def compare(theirs, ours, mmlu, form):
 
 
 def main(args):
-    wrong, more = 0, {}
+    wrong, mmlu = 0, load_mmlu(args.mmlu, args.split)
     with tempfile.TemporaryDirectory() as folder:
-        if args.wmdp:  # the two biology subjects in WMDP's schema
-            known = load_mmlu(args.mmlu, args.split)
-            rows = [asked for name in known.forget for asked in known[name][1]]
-            lines = [json.dumps({"question": q, "choices": c, "answer": a}) for q, c, a in rows]
-            (Path(folder) / "wmdp.jsonl").write_text("\n".join(lines))
-            more = {"questions": str(Path(folder) / "wmdp.jsonl"), "about": "biology"}
-        mmlu = load_mmlu(args.mmlu, args.split, **more)
         ckpt = str(args.ckpt or make_model(folder, mmlu))
         model, tokenizer = load_model(ckpt, "float32")
-        how = {"batch_size": args.batch, "dtype": "float32", "max_length": 8192, "device": DEVICE}
-        lm = HFLM(pretrained=ckpt, **how)
-        for form in ["letter"] if args.wmdp else args.format:
+        how = {"batch_size": args.batch, "dtype": "float32", "max_length": 8192}
+        lm = HFLM(pretrained=ckpt, device=model.device.type, **how)
+        for form in args.format:
             answers = score_mmlu(model, tokenizer, mmlu, form)[1]
             ours = {(a["subject"], a["index"]): (a["logprobs"], a["prediction"]) for a in answers}
             wrong += compare(ask_harness(lm, harness_tasks(mmlu, form, folder)), ours, mmlu, form)
@@ -103,11 +92,12 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser, add = flags(__doc__)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    add = parser.add_argument
     add("--mmlu", required=True, help="folder of MMLU's CSVs: dev/, val/, test/")
     add("--split", default="validation", choices=("test", "validation"), help="questions to ask")
     add("--format", nargs="+", default=["letter", "cloze"], help="what to compare")
     add("--ckpt", default=None, help="checkpoint directory to ask; None: the random model")
-    add("--wmdp", action="store_true", help="ask the biology questions as the harness's wmdp_bio, by letters")
     add("--batch", type=int, default=8, help="lm-evaluation-harness's; on a CPU 1 is its fastest")
     sys.exit(main(parser.parse_args()))

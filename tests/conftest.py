@@ -16,7 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tiny")]
 WORLD = ROOT / "tests" / "tiny" / "world0"
-KINDS = ("llama", "mistral", "qwen2", "gemma2", "gpt_neox")
+KINDS = {  # of model: what its config needs beside the sizes of toy_model
+    "llama": {}, "qwen2": {}, "gpt_neox": {}, "mistral": dict(sliding_window=9),
+    "gemma2": dict(sliding_window=9, head_dim=8, attn_implementation="eager"), "gpt2": {},
+    "gemma3_text": dict(head_dim=8, sliding_window=9, layer_types=["sliding_attention", "full_attention"]),
+    "mixtral": dict(num_local_experts=4),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8),
+    "granite": dict(logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0),
+    "cohere": dict(logit_scale=0.3), "phi3": {},
+}  # fmt: skip
 
 
 def pytest_configure(config):
@@ -41,16 +49,19 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def moved(model, before):
+    """Names of a model's weights that differ from those of another one."""
+    return {k for k, p in model.named_parameters() if not torch.equal(p, before.get_parameter(k))}
+
+
 def toy_model(kind="llama", vocab=60, seed=0, dtype=torch.float32, **more):
     """A random two-layer model of one of KINDS, of width 16, which trains on whole batches."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
     sizes |= dict(num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.3)
     sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    sizes |= dict(sliding_window=9) if kind in ("gemma2", "mistral") else {}
-    sizes |= dict(head_dim=8, attn_implementation="eager") if kind == "gemma2" else {}
     sizes |= dict(num_key_value_heads=1) if kind != "gpt_neox" else {}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | more)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | KINDS[kind] | more)))
     model.micro_batch = 0
     return model.to(dtype).eval()
 

@@ -16,13 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # before torch is imported
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("dir", metavar="DIR", help="directory of runs that recover.py attacked")
-    parser.add_argument("--format", default="letter", choices=("letter", "cloze"), help="scores to draw")
-    args = parser.parse_args()
-
 from common import fail, read_json
 from evaluate_mmlu import CONTROL, LIMIT, columns, damaged, rows_under
 
@@ -41,10 +34,6 @@ UNLEARNED = dict(facecolor="#9ECAE9", hatch="////", label="unlearned")
 RECOVERED = dict(facecolor="#B5400A", label="after recovery")  # dark: apart without colour too
 
 
-def mean_and_error(x):
-    return statistics.mean(x), statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else 0.0
-
-
 def curves(runs, form, phase, key, factor=1):
     """Steps, means and standard errors of a value that the attacks on these runs logged, times `factor`, if
     they scored by `form`."""
@@ -54,8 +43,9 @@ def curves(runs, form, phase, key, factor=1):
         for line in (attack / "metrics.jsonl").read_text().splitlines() if scored else ():
             if (entry := json.loads(line))["phase"] == phase:
                 values.setdefault(entry["step"], []).append(factor * entry[key])
-    points = [(step, *mean_and_error(v)) for step, v in sorted(values.items())]
-    return [[point[n] for point in points] for n in range(3)]
+    steps = sorted(values)
+    errors = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in map(values.get, steps)]
+    return steps, [statistics.mean(values[step]) for step in steps], errors
 
 
 def figure_2(parts, control, form):
@@ -174,4 +164,9 @@ def figures(root, rows, form):
 
 
 if __name__ == "__main__":
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("dir", metavar="DIR", help="directory of runs that recover.py attacked")
+    parser.add_argument("--format", default="letter", choices=("letter", "cloze"), help="scores to draw")
+    args = parser.parse_args()
     figures(args.dir, rows_under(args.dir, args.format), args.format)

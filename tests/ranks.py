@@ -4,17 +4,14 @@ reads the models in FOLDER/*/ and writes FOLDER/found.pt."""
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from conftest import Batches
+from test_methods import RUNS, undo
 
-import adv_probes as P
-import baselines as B
 import common
-import mlac_ar as M
 import random_mapping as R
 import recover as A
 
@@ -26,7 +23,7 @@ class Rows(Batches):
         return tuple(x[common.rank() :: common.ranks()].contiguous() for x in super().__getitem__(i))
 
 
-F, F_K, HELD, LOGGED = Rows(4, seed=1), Rows(12, seed=2), Rows(4, seed=3), []  # LOGGED: of all ranks together
+F, HELD, LOGGED = Rows(6, seed=1), Rows(6, seed=3), []  # LOGGED: of all ranks together
 
 
 def log(i, steps, norms=(), **values):
@@ -34,28 +31,16 @@ def log(i, steps, norms=(), **values):
     LOGGED.append(values | {f"norm {n}": float(common.whole(norm)) for n, norm in enumerate(norms)})
 
 
-def case(train, /, *streams, **more):
-    return lambda model: train(model, *streams, lr=1e-5, log=log, **more)
+BRIEF = dict(steps=2, lr=1e-5, log=log)
 
 
-two = partial(case, steps=2)
-probes = partial(two, P.adv_probes, F, HELD, probe_steps=2, probe_lr=1e-5, probe_width=8)
-mlac_ar = partial(case, M.mlac_ar, F_K, HELD, K=2, N=2, alpha=1.0)
-
-
-def undo(model):
-    B.add_noise(model, 0.3, 0)
-    two(B.baseline, F, HELD, method="undo", teacher=load(model.folder))(model)
-
-
-def overwriting(model):
-    false = B.false_texts(model, [F[0], F[1]], rounds=2, rare=0.05)
-    two(B.baseline, false, HELD, method="overwriting")(model)
+def case(name, **more):
+    return lambda model: RUNS[name](model, F, HELD, **BRIEF, **more)
 
 
 def lora(model):
     with A.adapters(model, 2, 0):
-        two(A.finetune, F, clip=0.1)(model)
+        A.finetune(model, F, clip=0.1, **BRIEF)
 
 
 def rounded(model):
@@ -63,23 +48,18 @@ def rounded(model):
     A.prune(model, 0.3)
 
 
-CASES = {
-    "random_mapping": two(R.random_mapping, F, HELD, balance=0.3),
-    "mlac_ar": mlac_ar(),
-    "mlac_ar_sgd": mlac_ar(optimizer="sgd"),
-    **{x: two(B.baseline, F, HELD, method=x) for x in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
-    "rmu": two(B.rmu, F, HELD, layer=2, steer=5.0, weight=10.0),
-    "undo": undo,
-    "overwriting": overwriting,
-    "probes": probes(HELD),
-    "probes_free": probes(HELD, freeze=False),
-    "swd": two(P.adv_probes, F, HELD, None, freeze=False),
-    "recover": two(A.finetune, F, HELD, mix=0.5, clip=0.5, weight_decay=0.1),
-    "recover_sgd": two(A.finetune, F, optimizer="sgd"),
+CASES = {name: case(name) for name in RUNS} | {
+    "random_mapping": case("random_mapping", balance=0.3),
+    "mlac_ar_sgd": case("mlac_ar", optimizer="sgd"),
+    "undo": lambda model: undo(model, load(model.folder), F, HELD, noise=0.3, **BRIEF),
+    "probes_free": case("adv_probes", freeze=False),
+    "finetune": case("finetune", optimizer="adamw", clip=0.5, weight_decay=0.1),
+    "sgd": case("finetune"),
+    "rmu": case("rmu", weight=10.0),
     "lora": lora,
     "rounded": rounded,
 }
-FEW = ("random_mapping", "mlac_ar", "undo", "probes", "recover")
+FEW = ("random_mapping", "mlac_ar", "undo", "adv_probes", "finetune")
 
 
 def load(folder):

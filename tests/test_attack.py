@@ -9,8 +9,9 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import WORLD, Batches, bpe, flat, toy_model, write_csvs
-from test_mmlu import ARCHITECTURES, words
+from conftest import WORLD, Batches, bpe, flat, moved, toy_model, write_csvs
+from test_loaders import write
+from test_mmlu import words
 
 import recover as R
 from common import Optimizer, fail, next_token_loss
@@ -45,8 +46,8 @@ def inner(model):
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_adapters_start_at_nothing_train_alone_and_are_merged(kind):
     """Into every matrix of the layers."""
-    model, batches = toy_model(kind), Batches(4)
-    before, ids = {k: v.clone() for k, v in model.state_dict().items()}, batches[9][0]
+    model, before, batches = toy_model(kind), toy_model(kind), Batches(4)
+    ids = batches[9][0]
     untouched = model(ids).logits
     with R.adapters(model, 2, seed=0):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -54,22 +55,20 @@ def test_adapters_start_at_nothing_train_alone_and_are_merged(kind):
         R.finetune(model, batches, steps=5, lr=1e-2)
         inside = model.eval()(ids).logits
     torch.testing.assert_close(model(ids).logits, inside, atol=1e-4, rtol=1e-4)
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(p.requires_grad for p in model.parameters())
-    assert {k for k in after if not torch.equal(after[k], before[k])} == inner(model)
-    assert all(torch.linalg.matrix_rank(after[k] - before[k], rtol=1e-3) <= 2 for k in inner(model))
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert moved(model, before) == inner(model) and all(p.requires_grad for p in model.parameters())
+    steps = (model.get_parameter(k) - before.get_parameter(k) for k in inner(model))
+    assert all(torch.linalg.matrix_rank(step, rtol=1e-3) <= 2 for step in steps)
 
 
 @pytest.mark.parametrize("kind, n", [("llama", 7), ("gpt2", 4), ("mixtral", 7), ("qwen3_moe", 7)])
 def test_rounding_and_pruning_act_on_every_matrix_of_the_layers(kind, n):
     """Fused experts included."""
     for probe, x in ((R.prune, 0.3), (R.round_weights, 4), (R.round_weights, 8)):
-        model = toy_model(kind, **ARCHITECTURES[kind])
-        before = {k: p.clone() for k, p in model.named_parameters()}
+        model, before = (toy_model(kind) for _ in "ab")
         probe(model, x)
-        moved = {k: p for k, p in model.named_parameters() if not torch.equal(p, before[k])}
-        assert moved.keys() == inner(model) and len(moved) == 2 * n
-        for old, new in ((before[k], moved[k]) for k in moved):
+        assert moved(model, before) == inner(model) and len(inner(model)) == 2 * n
+        for old, new in ((before.get_parameter(k), model.get_parameter(k)) for k in inner(model)):
             if probe is R.prune:
                 assert (new == 0).float().mean() == pytest.approx(0.3, abs=0.02)
                 assert old[new == 0].abs().max() <= old[new != 0].abs().min()
@@ -135,10 +134,10 @@ def place(tmp_path_factory, mmlu):
     write_csvs(root / "mmlu", mmlu)
     rows = [{"message_1": f"Which cell is {i}?", "message_2": "None."} for i in range(16)]
     rows = [row | {"txt_chunk": f"Think of {i}.", "label": i % 2} for i, row in enumerate(rows)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(root / "rows.jsonl", rows)
     for kind in ("llama", "gpt2", "gemma2", "mixtral"):
         for seed, name in enumerate(("base", "unlearned")):
-            model = toy_model(kind, vocab=len(tokenizer) + 20, seed=seed, **ARCHITECTURES[kind])
+            model = toy_model(kind, vocab=len(tokenizer) + 20, seed=seed)
             [x.save_pretrained(root / kind / name) for x in (model, tokenizer)]
     return root
 
@@ -148,13 +147,11 @@ def recover(place, capsys):
     """A function that runs recover.py on a toy model and returns what it printed."""
 
     def run(out, flags, kind="llama"):
-        flags += (
-            f" --out {out} --ckpt {place}/{kind}/unlearned --base {place}/{kind}/base --mmlu {place}/mmlu"
-        )
-        flags += f" --recovery {place}/rows.jsonl --data {place}/rows.jsonl --batch 4 --tokens 16 --lr 1e-3"
-        code = 0
+        flags += f" --ckpt @{kind}/unlearned --base @{kind}/base --mmlu @mmlu --recovery @rows.jsonl"
+        flags += f" --data @rows.jsonl --batch 4 --tokens 16 --lr 1e-3 --out {out}"
+        argv, code = flags.replace("@", f"{place}/").split(), 0
         try:
-            R.main(R.parse_args(flags.split()), flags.split())
+            R.main(R.parse_args(argv), argv)
         except SystemExit as error:
             if (code := error.code) != 1:
                 raise
@@ -185,10 +182,11 @@ def test_a_sweep_attacks_a_checkpoint_of_another_program_of_any_kind(kind, recov
     assert not {*answers[0].splitlines()} & {*answers[1].splitlines()}  # but the prompts are others
 
 
-def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path):
-    for names, done in (("8_bit paper", 0), ("8_bit paper benign", 2)):
-        printed = recover(tmp_path / "a", f"--sweep --steps 1 --only {names}")
-        assert f"{len(names.split())} attackers, {done} of them finished before" in printed
+def test_a_search_goes_on_with_more_attackers_and_a_sweep_takes_parts(recover, tmp_path):
+    for n, done in ((1, 0), (3, 1)):
+        printed = recover(tmp_path / "a", f"--search {n} --steps 1")
+        assert f"{n} attackers, {done} of them finished before" in printed
+    assert finished(tmp_path / "a") == {*R.drawn(3)} and "worst case of 3 attackers" in printed
     for shard, done in ((0, {"paper", "8_bit"}), (1, {"paper", "lr_3x", "8_bit"})):
         recover(tmp_path / "b", f"--sweep --steps 1 --only paper lr_3x 8_bit --shard {shard}/2")
         assert finished(tmp_path / "b") == done
@@ -196,20 +194,19 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_takes_parts(recover, tmp_path)
 
 def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
     recover(tmp_path, "--sweep --steps 1 --only paper")
-    for flag in ("--shots 2", "--format cloze", "--clip 1"):
+    for out, more, kind, says in (
+        (tmp_path, "--shots 2", "llama", "paper was attacked with another --shots; choose"),
+        (tmp_path, "--clip 1", "llama", "paper was attacked with another --clip; choose"),
+        (tmp_path, "", "gpt2", "paper was attacked with another --ckpt; choose"),
+        (tmp_path / "paper", "", "llama", "is a run of its own; choose another --out"),
+    ):
         with pytest.raises(SystemExit):
-            recover(tmp_path, f"--sweep --steps 1 --only paper 8_bit {flag}")
-        assert f"paper was attacked with another {flag.split()[0]}; choose" in capsys.readouterr().err
+            recover(out, f"--sweep --steps 1 --only paper 8_bit {more}", kind)
+        assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):  # though no attacker of its list is there
         recover(tmp_path, "--search 1 --steps 1 --shots 2")
     assert "paper was attacked with another --questions; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
-    with pytest.raises(SystemExit):
-        recover(tmp_path, "--sweep --steps 1 --only 8_bit", "gpt2")
-    assert "paper was attacked with another --ckpt; choose" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        recover(tmp_path / "paper", "--sweep --steps 1 --only 8_bit")
-    assert "is a run of its own; choose another --out" in capsys.readouterr().err
 
 
 def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, monkeypatch):
@@ -229,35 +226,28 @@ def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, mo
     assert finished(tmp_path / "b") == {"paper"} and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_search_is_a_sweep_of_random_attackers_and_goes_on_with_more(recover, tmp_path):
+def test_a_search_is_of_attackers_that_differ():
     assert [*R.drawn(40)][:9] == [*R.drawn(9)] and len({*R.drawn(40).values()}) == 40
     found = [R.parse_args(["--ckpt", "x", *flags.split()]) for flags in R.drawn(40).values()]
     for flag in ("lora", "optimizer", "schedule", "retain_mix", "clip", "batch"):
         assert len({getattr(a, flag) for a in found}) > 1
-    for n, done in ((1, 0), (3, 1)):
-        printed = recover(tmp_path, f"--search {n} --steps 1")
-        assert f"{n} attackers, {done} of them finished before" in printed
-    assert finished(tmp_path) == {*R.drawn(3)} and "worst case of 3 attackers" in printed
 
 
-def test_every_attacker_starts_from_the_same_weights_whatever_came_before(recover, tmp_path, monkeypatch):
-    """Here a NaN in the second half of a mix, when the gradient of the first is there: the sweep goes on."""
-    recover(tmp_path / "b", "--sweep --steps 1 --only benign prune_30")
-    loss, calls = R.next_token_loss, count(1)
-    monkeypatch.setattr(R, "next_token_loss", lambda *x: loss(*x) * (math.nan if next(calls) == 3 else 1))
-    printed = recover(tmp_path / "a", "--sweep --steps 1 --only lora_4 mix benign 4_bit prune_30")
-    assert "failed: mix" in printed and "worst case of 4 attackers" in printed
-    assert finished(tmp_path / "a") == {"lora_4", "benign", "4_bit", "prune_30"}
+def test_after_a_nan_the_sweep_goes_on_from_the_same_weights(recover, tmp_path, monkeypatch):
+    """In the second half of a mix, when the gradient of the first is there; and in `paper`, which counts by
+    what it reached before."""
+    flags, loss, calls = "--sweep --steps 2 --eval-every 1 --only", R.next_token_loss, count(1)
+    recover(tmp_path / "b", f"{flags} benign prune_30")
+    monkeypatch.setattr(
+        R, "next_token_loss", lambda *x: loss(*x) * (math.nan if next(calls) in (4, 6) else 1)
+    )
+    printed = recover(tmp_path / "a", f"{flags} lora_4 mix paper benign 4_bit prune_30")
+    assert "failed: mix" in printed and "worst case of 5 attackers" in printed
+    assert finished(tmp_path / "a") == {"lora_4", "paper", "benign", "4_bit", "prune_30"}
+    assert [state["step"] for state in read_states(tmp_path / "a" / "paper")] == [0, 1]
     answers = {path.parent: path.read_text() for path in tmp_path.glob("*/*/mmlu.jsonl")}
     assert all(answers[tmp_path / "a" / x] == answers[tmp_path / "b" / x] for x in ("benign", "prune_30"))
     assert len({*answers.values()}) > 3  # control: attackers differ
-
-
-def test_an_attacker_that_ends_in_nan_counts_by_what_it_reached_before(recover, tmp_path, monkeypatch):
-    loss, calls = R.next_token_loss, count(1)
-    monkeypatch.setattr(R, "next_token_loss", lambda *x: loss(*x) * (math.nan if next(calls) == 2 else 1))
-    assert "worst case of 1 attackers" in recover(tmp_path, "--sweep --only paper --steps 2 --eval-every 1")
-    assert [state["step"] for state in read_states(tmp_path / "paper")] == [0, 1]
 
 
 def test_kept_scores_are_used_again_for_the_same_questions_and_damage_is_said(recover, place, tmp_path):

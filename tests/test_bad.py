@@ -19,6 +19,8 @@ ROWS = {  # name of a file: its rows
     "two.csv": [CHUNK | {"label": 2}],
     "gap.jsonl": [CHUNK, {"label": True}],
     "other.jsonl": [{"txt": "a"}],
+    "kinds/a.jsonl": [CHUNK],
+    "kinds/b.parquet": [CHUNK],
     "pair.jsonl": [{"message_1": "q", "message_2": "a"}],
     "letter.jsonl": [ASK, ASK | {"answer": "E"}],
     "astronomy.jsonl": [ASK, ASK],
@@ -59,9 +61,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--out @mmlu": "mmlu: not empty, and no run was cut off there; choose another --out",
         "--model @nowhere": "--model @nowhere: no such directory; give a checkpoint directory or a hub name",
         "--model ./nowhere": "--model ./nowhere: no such directory",
-        "--model @mmlu": "--model @mmlu: cannot be loaded (ValueError: Unrecognized model",
         "--model owner/absent": "gated? accept the licence on its page and run `hf auth login`",
-        "--model @cut_off": "--model @cut_off: this run was cut off; rerun its command first",
         "--model @pickled": "--model @pickled: cannot be loaded (OSError: Error no file named",
         "--model @own_code": "--model @own_code: cannot be loaded (ValueError: The repository",
         "--model @biased": "model.layers.0.mlp.up_proj.bias",
@@ -70,21 +70,19 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--data nowhere.jsonl": "--data nowhere.jsonl: no such file or folder",
         "--data=": "--data : no such file or folder",
         "--data owner/absent": "--data owner/absent: cannot be read",
+        "--data @kinds": "several kinds of files (.jsonl, .parquet); give one",
         "--data @text.txt": "no column txt_chunk, label; it has text",
         "--data @utf16.jsonl": "--data @utf16.jsonl: cannot be read (UnicodeDecodeError",
         "--data @two.csv": "row 0: label is 2; needs true or false, 1 or 0, forget or retain",
-        "--data @classes.parquet": "row 0: label is biology; needs true or false, 1 or 0, forget or retain",
         "--data @gap.jsonl": "row 1: txt_chunk: no text",
         "--forget @text.txt": "--forget goes with --retain",
         "--forget @commas.csv --retain @text.txt": "more cells than columns; quote texts with commas: b",
         "--forget @data.tsv --retain @text.txt": "none of .parquet, .csv, .jsonl, .zst, .json",
-        "--forget @text.txt --retain @nowhere.txt": "--retain @nowhere.txt: no such file or folder",
         "--forget @text.txt --retain @utf16.txt": "--retain @utf16.txt: cannot be read (UnicodeDecodeError",
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
         "--forget @two.csv --retain @text.txt": "these chunks have labels; give them as --data",
     },
     "recover": {
-        "--ckpt @nowhere": "--ckpt @nowhere: no such directory",
         "--base @nowhere": "--base @nowhere: no such directory",
         "--lr x": "--lr",
         "--lr nan": "0 < --lr",
@@ -95,15 +93,13 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
         "--recovery @dolly.jsonl": "row 0: not of the form instruction (KeyError('output'));",
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
-        "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
     },
     "evaluate_mmlu": {
-        "--table x": "give --ckpt to score (one with --out, a directory), or --table",
+        "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
         "--shots 6": "--shots: invalid choice: 6",
-        "--mmlu @nowhere": "--mmlu @nowhere: no such file or folder",
+        "--table x": "give --ckpt to score (one with --out, a directory), or --table",
         "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
         "--mmlu @hub --split validation": "validation",
-        "--mmlu @nodev": "dev",
         "--forget-subjects astronomy college_biology high_school_biology": "no subject of the retain set",
         "--questions @wmdp": "--questions @wmdp: several data sets (bio, chem); give one of them",
         "--questions @astronomy.jsonl": "astronomy is a subject of the retain set",
@@ -162,7 +158,6 @@ CHECKPOINTS = {  # name: what is done to the miniature's base
     "shallow": partial(config, num_hidden_layers=1),
     "deep": partial(config, num_hidden_layers=7),
     "short": partial(config, max_position_embeddings=32),
-    "cut_off": lambda folder: ((folder / "args.json").unlink(), (folder / "state").mkdir()),
 }
 
 
@@ -177,14 +172,8 @@ def bad(tmp_path_factory, mmlu):
         (folder / name).write_bytes(text.encode(encoding))
     for name, damage in CHECKPOINTS.items():
         damage(shutil.copytree(WORLD / "base", folder / name))
-    label = datasets.ClassLabel(names=["biology", "other"])
-    classes = datasets.Features(txt_chunk=datasets.Value("string"), label=label)
-    rows = {"txt_chunk": ["a"], "label": [0]}
-    datasets.Dataset.from_dict(rows, classes).to_parquet(folder / "classes.parquet")
     write_csvs(folder / "mmlu", mmlu)
-    for name in ("hub", "nodev"):
-        hub_layout(folder / name, mmlu)
-    (folder / "nodev" / "all" / "dev-00000-of-00001.parquet").unlink()
+    hub_layout(folder / "hub", mmlu)
     return folder
 
 

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import WORLD, bpe, toy_model, write_csvs
+from conftest import bpe, toy_model, write_csvs
 from datasets import ClassLabel, Dataset, Features, Value
 from test_loaders import OWN, write
 from test_scripts import call, refused
 
 from common import load_chunks, read_table, texts_of
-from evaluate_mmlu import load_mmlu, read_rows
+from evaluate_mmlu import read_rows
 
 WORDS = "moss fern otter comet river stone amber cedar pollen nerve cell lipid orbit plume".split()
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(40)]
@@ -35,8 +35,7 @@ def judged(folder, end, yes, no, scale):
     `generate` says. scale 0: all tokens are equally likely."""
     model, tokenizer, out = toy_model(vocab=len(TOKENIZER)), TOKENIZER, folder / "out"
     tokenizer.chat_template = "user:\n{{ messages[0].content }}\n{{ END }}".replace("END", repr(end))
-    turns = [[{"role": "user", "content": f"Text:\n{text}\n\nSo?"}] for text in TEXTS]
-    prompts = [tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
+    prompts = [f"user:\nText:\n{text}\n\nSo?\n{end}" for text in TEXTS]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     H = torch.cat([model.model(x).last_hidden_state[:, -1] for x in ids]).detach()
     w = torch.linalg.svd(H - H.mean(0)).Vh[0]  # a direction along which the texts differ
@@ -77,6 +76,7 @@ def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
     write(folder / "c" / f"{name}.parquet", chunks)
     write(folder / "pairs.zip", [{"message_1": "q", "message_2": "a"}] * 4)
     write(folder / "q.jsonl", OWN)
+    write(folder / "r.jsonl", [{"text": "retain"}] * 5)
     (folder / "f.txt").write_text("forget\n\n" * 5)
     shutil.copytree(folder, other)
     for path in other.rglob("*.*"):
@@ -84,12 +84,14 @@ def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
     short = ("--steps=1", "--batch=2", f"--model={name}/m")
     call("random_mapping", *short, f"--data={name}/c.jsonl", f"--out={name}/a")
     call("random_mapping", *short, f"--data={name}/c", f"--out={name}/b")
-    call("random_mapping", *short, f"--forget={name}/f.txt", f"--retain={name}/f.txt", f"--out={name}/out")
+    call("random_mapping", *short, f"--forget={name}/f.txt", f"--retain={name}/r.jsonl", f"--out={name}/out")
+    said = capsys.readouterr().out
+    assert all(f"5 texts from {name}/{x}, column text" in said for x in ("f.txt", "r.jsonl"))
     a, b, out = ((folder / x / "model.safetensors").read_bytes() for x in ("a", "b", "out"))
     assert a == b != out
     flags = (f"--recovery={name}/pairs.zip", f"--mmlu={name}/mmlu", f"--questions={name}/q.jsonl")
     args = call("recover", f"--ckpt={name}/out", "--steps=1", "--batch=2", "--retain-mix=0.5", *flags)
-    assert args.base == f"{name}/m" and args.retain == f"{name}/f.txt"
+    assert args.base == f"{name}/m" and args.retain == f"{name}/r.jsonl"  # its own
     call("evaluate_mmlu", f"--ckpt={name}/out", f"--mmlu={name}/mmlu", f"--out={name}/scores")
     flags = (f"--pile={name}/f.txt", f"--out={name}/labels", "--no-chat", "--question={chunk}\n?")
     call("label_pile", f"--judge={name}/m", *flags)
@@ -127,13 +129,6 @@ def test_meta_may_be_anything_and_change_between_rows_and_files(tmp_path):
     (out / "licence.txt").write_text("Text that is no data.")
     assert [row["meta"] for row in rows_of(out)] == [row["meta"] or {} for row in rows]
     assert sorted(sum(load_chunks(str(out)), [])) == sorted(row["text"] for row in rows)
-
-
-def test_a_clone_of_a_data_set_with_several_configs_is_read_by_config(tmp_path):
-    for n, config in enumerate(("bio", "chem", "cyber"), 2):
-        write(tmp_path / "wmdp" / config / "test-00000-of-00001.parquet", OWN * n)
-    for name in ("wmdp/chem", "wmdp:chem"):
-        assert len(load_mmlu(WORLD / "mmlu", questions=f"{tmp_path}/{name}")["chem"][1]) == 9
 
 
 PARAGRAPHS = [f"Text {i}: é,\nof two lines." for i in range(4)]

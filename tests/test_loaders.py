@@ -7,14 +7,10 @@ import datasets
 import pytest
 import zstandard
 from conftest import WORLD, write_csvs
-from test_scripts import call
 
-import recover
 from common import load_chunks, read_table
 from evaluate_mmlu import FORGET, load_mmlu
 from recover import load_texts
-
-PAIRS = [{"role_1": "B", "topic;": "t", "message_1": f"q {i}", "message_2": f"a\n{i}"} for i in range(12)]
 
 
 def write(path, rows):
@@ -52,30 +48,18 @@ def test_labelled_chunks(tmp_path, labels, name, capsys):
     assert f"2 forget, 1 retain texts from {path}" in capsys.readouterr().out
 
 
-def test_two_corpora_in_place_of_labels(tmp_path, capsys):
-    (tmp_path / "f.txt").write_text("\n\n".join(f"forget {i}" for i in range(9)))
-    write(tmp_path / "r.jsonl", [{"text": f"retain {i}"} for i in range(9)])
-    given = str(tmp_path / "f.txt"), str(tmp_path / "r.jsonl")
-    flags = ("--tiny", "--batch", 4, "--steps", 1, "--out", tmp_path / "out")
-    call("random_mapping", *flags, "--forget", given[0], "--retain", given[1])
-    printed = capsys.readouterr().out
-    assert all(f"9 texts from {path}, column text" in printed for path in given)
-    assert json.loads((tmp_path / "out" / "args.json").read_text())["retain"] == "../r.jsonl"
-    attack = recover.parse_args(["--ckpt", str(tmp_path / "out"), "--retain-mix", "0.5"])
-    assert attack.retain == given[1]  # the retain text to mix in is the checkpoint's own
-
-
 OWN = [{"question": "Which?", "choices": ["None", "b", "c", "d"], "answer": 1}] * 3
 
 
-@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.csv", "q"])
+@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.csv", "q", "wmdp/chem", "wmdp:chem"])
 def test_questions_of_ones_own(tmp_path, name):
-    path = tmp_path / name
+    for n, config in enumerate(("bio", "chem"), 2):  # as in a clone from the hub
+        write(tmp_path / "wmdp" / config / "test-00000-of-00001.parquet", OWN[:n])
     if name == "q.csv":
-        path.write_text("Which?,None,b,c,d,B\n" * 3)
-    else:
-        write(path, [row | {"answer": "B"} for row in OWN] if name == "q.jsonl" else OWN)
-    mmlu = load_mmlu(WORLD / "mmlu", questions=str(path), about="this")
+        (tmp_path / name).write_text("Which?,None,b,c,d,B\n" * 3)
+    elif name[0] == "q":
+        write(tmp_path / name, [row | {"answer": "B"} for row in OWN] if name == "q.jsonl" else OWN)
+    mmlu = load_mmlu(WORLD / "mmlu", questions=f"{tmp_path}/{name}", about="this")
     assert mmlu["this"] == ([], [("Which?", ["None", "b", "c", "d"], 1)] * 3)
     assert mmlu.forget == ("this",) and mmlu.protocol("letter")["usual"] is False
     assert not set(FORGET) & set(mmlu) and len(mmlu) == 5 and len(mmlu["astronomy"][0]) == 5
@@ -111,15 +95,9 @@ def test_mmlu_as_parquet_is_mmlu_as_csv(tmp_path, mmlu):
     write(tmp_path / "hub" / "astronomy" / "test-00000-of-00001.parquet", OWN)  # the clone's other configs
     a, b = load_mmlu(tmp_path / "csv"), load_mmlu(hub_layout(tmp_path / "hub", mmlu))
     assert a == b == mmlu and a.protocol("letter") == b.protocol("letter")
-    write(tmp_path / "kinds" / "a.jsonl", OWN)
-    write(tmp_path / "kinds" / "b.parquet", OWN)
-    with pytest.raises(SystemExit):
-        read_table(str(tmp_path / "kinds"), "--mmlu")
-    for name in ("dev.jsonl", "test.jsonl"):  # other splits are not taken for the one that is missing
-        write(tmp_path / "splits" / name, OWN)
-    assert len([*read_table(str(tmp_path / "splits"), "--mmlu", split="dev")]) == 3
-    with pytest.raises(SystemExit):
-        read_table(str(tmp_path / "splits"), "--mmlu", split="validation")
+    for n, name in enumerate(("dev.jsonl", "test.jsonl")):
+        write(tmp_path / "splits" / name, OWN[n:])
+    assert len([*read_table(str(tmp_path / "splits"), "--mmlu", split="test")]) == 2
     write_csvs(tmp_path / "val", mmlu, "val")
     assert load_mmlu(tmp_path / "val", split="validation") == mmlu
 
@@ -130,7 +108,8 @@ def test_hub_names(tmp_path, monkeypatch, mmlu):
     chunks = [{"txt_chunk": f"text {i}", "label": i > 20} for i in range(30)]
     write(tmp_path / "lapisrocks/pile-bio/data/train-00000-of-00001.parquet", chunks)
     write(tmp_path / "monology/pile-uncopyrighted/train/00.jsonl.zst", documents)
-    write(tmp_path / "camel-ai/biology/biology.zip", PAIRS)
+    pairs = [{"topic;": "t", "message_1": f"q {i}", "message_2": f"a\n{i}"} for i in range(12)]
+    write(tmp_path / "camel-ai/biology/biology.zip", pairs)
     write(tmp_path / "cais/wmdp/wmdp-bio/test-00000-of-00001.parquet", OWN)
     hub_layout(tmp_path / "cais/mmlu", mmlu)
 

@@ -6,15 +6,11 @@ from functools import partial
 import pytest
 from conftest import Batches, toy_model
 from test_methods import RUNS, literal_outer_step
+from test_scripts import call
 from transformers import LlamaConfig
 
-import adv_probes
-import baselines
-import mlac_ar
-import random_mapping
-import recover
-import rmat
 from common import LiveBytes
+from mlac_ar import mlac_ar
 
 
 def size(model):
@@ -35,37 +31,43 @@ def test_an_outer_step_holds_weights_phi_and_two_moments_whatever_K_is(optimizer
     one, found, more = size(toy()), {}, dict(lr=1e-3, alpha=1, optimizer=optimizer)
     for K in (2, 5):
         x = Batches(K + 1, 6, full=True), Batches(1, 6, full=True)  # few tokens: activations would hide it
-        found[K] = peak(toy(), lambda model: mlac_ar.mlac_ar(model, *x, K=K, N=2, **more))
+        found[K] = peak(toy(), lambda model: mlac_ar(model, *x, K=K, N=2, **more))
         found[K] -= (copies - 1) * one  # those in host memory
         assert copies * one < found[K] < (copies + 0.5) * one
     assert found[5] - found[2] < 1000  # the ids of three batches more
     assert peak(toy(), lambda model: literal_outer_step(model, x[0][0], x[1][0], K, **more)) > found[5] + one
 
 
-CASES = {  # flags of a dry run of what RUNS does
-    "random_mapping": (random_mapping, ()),
-    "mlac_ar": (mlac_ar, ("--K", "1")),
-    "finetune": (recover, ("--optimizer", "sgd", "--retain-mix", "0.5")),
-    "adv_probes": (adv_probes, ("--probe-width", "8")),
-    **{name: (baselines, ("--method", name)) for name in ("max_entropy", "undo")},
+def dry_run(capsys, command, *flags):
+    """Exit status of a dry run, and what it printed."""
+    with pytest.raises(SystemExit) as stop:
+        call(*command.split(), *flags, "--dry-run")
+    return stop.value.code, capsys.readouterr().out
+
+
+COMMANDS = {  # of what RUNS does
+    "random_mapping": "random_mapping",
+    "mlac_ar": "mlac_ar --K 2",
+    "finetune": "recover --optimizer sgd --retain-mix 0.5",
+    "adv_probes": "adv_probes --probe-width 8",
+    "max_entropy": "baselines --method max_entropy",
+    "undo": "baselines --method undo",
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_dry_run_predicts_the_peak_of_a_step(name, tmp_path, capsys):
-    (module, flags), B, T, V = CASES[name], 6, 48, 30000
+    B, T, V = 6, 48, 30000
     toy = toy_model(vocab=V, hidden_size=128, intermediate_size=256, num_hidden_layers=3)
     toy.config.save_pretrained(tmp_path)
-    where = ("--ckpt" if module is recover else "--model", tmp_path, "--device", "cpu", "--batch", B)
-    with pytest.raises(SystemExit) as stop:
-        module.main(module.parse_args([*map(str, where), "--tokens", str(T), *flags, "--dry-run"]))
-    printed = capsys.readouterr().out
+    flags = ("--ckpt" if name == "finetune" else "--model", tmp_path, "--batch", B, "--tokens", T)
+    status, printed = dry_run(capsys, COMMANDS[name], *flags, "--device", "cpu")
     told = {what: float(gb) for what, gb in re.findall(r"^(\D+?) +([\d.]+) GB$", printed, re.M)}
-    B_f, B_r = {"mlac_ar": (2 * B, B), "finetune": (B // 2, B // 2)}.get(name, (B, B))
+    B_f, B_r = {"mlac_ar": (3 * B, B), "finetune": (B // 2, B // 2)}.get(name, (B, B))
     x = Batches(B_f, T, V, full=True), Batches(B_r, T, V, full=True)
     found = peak(toy, lambda model: RUNS[name](model, *x, steps=1, lr=1e-3)) / 1e9
     found -= 3 * size(toy) / 1e9 * (name == "mlac_ar")
-    assert stop.value.code == 0 and "it fits" in printed and abs(told["weights"] - size(toy) / 1e9) < 1e-3
+    assert status == 0 and "it fits" in printed and abs(told["weights"] - size(toy) / 1e9) < 1e-3
     assert abs(told["peak"] / found - 1) < 0.03, (told, found)
 
 
@@ -76,10 +78,8 @@ def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys)
     LlamaConfig(architectures=["LlamaForCausalLM"], **width).save_pretrained(tmp_path)
 
     def predicted(flags):
-        with pytest.raises(SystemExit):
-            more = f"--model {tmp_path} --dry-run --batch 2 --tokens 512 {flags}"
-            baselines.main(baselines.parse_args(more.split()))
-        return float(re.search(r"^peak +([\d.]+) GB$", capsys.readouterr().out, re.M)[1])
+        printed = dry_run(capsys, f"baselines --model {tmp_path} --batch 2 --tokens 512 {flags}")[1]
+        return float(re.search(r"^peak +([\d.]+) GB$", printed, re.M)[1])
 
     every, half, none = (predicted(f"--dtype bfloat16 --recompute-every {n}") for n in (1, 2, 0))
     assert none > every + 0.1 and abs((half - every) / (none - every) - 0.5) < 0.02
@@ -89,7 +89,5 @@ def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys)
 def test_a_dry_run_writes_nothing_and_says_if_it_does_not_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**5}.get)
-    with pytest.raises(SystemExit) as stop:
-        rmat.main(rmat.parse_args(["--tiny", "--dry-run", "--device", "cpu"]))
-    assert stop.value.code == 1 and "it does not fit" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    status, printed = dry_run(capsys, "rmat --tiny --device cpu")
+    assert status == 1 and "it does not fit" in printed and not [*tmp_path.iterdir()]

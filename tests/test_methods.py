@@ -19,13 +19,13 @@ from recover import finetune
 TEXTS = [f"text number {i} says {i * i % 17} and {'more ' * (i % 5)}" for i in range(40)]
 RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
     "random_mapping": random_mapping,
-    "mlac_ar": lambda *x, steps, **more: mlac_ar(*x, K=1, N=steps, alpha=1, **more),
+    "mlac_ar": lambda *x, steps, **more: mlac_ar(*x, K=2, N=steps, alpha=1, **more),
     "finetune": partial(finetune, mix=0.5, optimizer="sgd"),
     "rmu": partial(B.rmu, layer=2, steer=6.5, weight=100.0),
     "undo": lambda model, *x, **more: undo(model, copy.deepcopy(model), *x, **more),
     "overwriting": lambda *x, **more: overwriting(*x, rounds=1, rare=0.05, **more),
     **{name: partial(B.baseline, method=name) for name in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
-    "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, f, probe_width=8, **more),
+    "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, r, probe_width=8, **more),
     "swd": lambda model, f, r, **more: adv_probes(model, f, r, None, freeze=False, **more),
 }
 
@@ -40,13 +40,7 @@ def overwriting(model, forget, retain, *, steps, rounds, rare, **more):
     B.baseline(model, false, retain, method="overwriting", steps=steps, **more)
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """float64 throughout: the losses' own cast to float32 is lifted."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.is_floating_point() else 1.0 * x)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS][:5])
 def test_streams_are_the_decoder_layers_outputs_before_the_final_norm(kind):
     model, ids = toy_model(kind), torch.randint(1, 60, (2, 7))
     with torch.no_grad():
@@ -86,7 +80,7 @@ def test_mapping_loss_in_closed_form_and_its_targets_are_gaussian(monkeypatch):
     assert mapping_loss(spoilt, ids, torch.ones_like(mask), r) > 0.05  # control: the pad counts if unmasked
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS][:5])
 def test_next_token_loss_is_cross_entropy_without_pads(kind):
     model, (ids, mask) = toy_model(kind), Batches(4)[0]
     logits, targets = (x[mask[:, 1:]] for x in (model(ids).logits[:, :-1], ids[:, 1:]))
@@ -165,7 +159,9 @@ def literal_outer_step(model, forget, retain, K, lr, alpha, optimizer, outer=Non
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind, tied", [("llama", False), ("gemma2", True)])
 @pytest.mark.parametrize("K, checkpointing", [(1, True), (4, False), (4, True), (16, False)])
-def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, tied, checkpointing, exact):
+def test_two_outer_steps_are_algorithm_1(K, optimizer, kind, tied, checkpointing, monkeypatch):
+    """In float64 throughout: the losses' own cast to float32 is lifted."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.is_floating_point() else 1.0 * x)
     model = toy_model(kind, dtype=torch.float64, tie_word_embeddings=tied)
     start, literal = flat(model), copy.deepcopy(model)
     if checkpointing:
@@ -191,7 +187,7 @@ def test_alpha_zero_is_finetuning_on_retain_text_bit_exactly():
 def test_a_loss_of_nan_stops_before_the_update(method, capsys):
     model = toy_model(num_hidden_layers=3)
     model.get_input_embeddings().weight.data[5] = math.nan
-    fine, nan = ((torch.full((4, 6), token), torch.ones(4, 6, dtype=torch.bool)) for token in (8, 5))
+    fine, nan = ((torch.full((6, 6), token), torch.ones(6, 6, dtype=torch.bool)) for token in (8, 5))
     fine, bad = [fine] * 9, [fine, fine, nan] + [fine] * 6
     for forget, retain in ((bad, fine), (fine, bad)):
         a, b = copy.deepcopy(model), copy.deepcopy(model)
@@ -205,14 +201,9 @@ def test_a_loss_of_nan_stops_before_the_update(method, capsys):
 def test_dropout_is_switched_off_and_named(tmp_path, capsys):
     toy_model(vocab=300, attention_dropout=0.1).save_pretrained(tmp_path)
     bpe(TEXTS).save_pretrained(tmp_path)
-
-    ours = lambda name: load_model(name, "float32", "cpu")[0]  # noqa: E731
-    for load, equal in ((ours, True), (AutoModelForCausalLM.from_pretrained, False)):  # the second: control
-        models = [load(str(tmp_path)) for _ in "ab"]
-        for model in models:
-            model.micro_batch = 0
-            random_mapping(model, Batches(4), Batches(4), steps=2, lr=1e-2)
-        assert torch.equal(*map(flat, models)) == equal
+    models = load_model(str(tmp_path), "float32", "cpu")[0], AutoModelForCausalLM.from_pretrained(tmp_path)
+    for model, equal in zip(models, (True, False)):  # the second: control
+        assert torch.equal(*(model.train()(Batches(4)[0][0]).logits for _ in "ab")) == equal
     assert "attention_dropout 0.1 is switched off" in capsys.readouterr().out
 
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Batches, bpe, spm_like, toy_model
+from conftest import Batches, bpe, moved, spm_like, toy_model
 from test_methods import TEXTS, overwriting, undo
-from test_mmlu import ARCHITECTURES
 
 import adv_probes as P
 import baselines as B
@@ -58,23 +57,19 @@ def test_a_probe_separates_shifted_gaussians_but_not_identical_ones():
     assert gaps[3] > 0.2 and abs(gaps[0]) < gaps[3] / 10
 
 
-def probe_by_modules(W_1, b_1, W_2, b_2, W_3, b_3):
-    """One probe as torch's own modules."""
-    nn, modules = torch.nn, []
-    for W, b in (W_1, b_1), (W_2, b_2), (W_3, b_3):
-        linear = nn.Linear(*W.shape)
-        linear.weight.data, linear.bias.data = W.T, b[0]
-        modules += [nn.LayerNorm(W.shape[0], elementwise_affine=False), linear, nn.LeakyReLU(0.2)]
-    return nn.Sequential(*modules[:-1])
-
-
 def test_score_gap_is_of_each_layer_and_leaves_bos_and_pads_out():
-    probes = P.make_probes(3, 16, 64, seed=0, device="cpu")
+    """The probe of each layer written with torch's own modules."""
+    nn, probes = torch.nn, P.make_probes(3, 16, 64, seed=0, device="cpu")
     h = torch.randn(2, 3, 64, 9, 16, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(1, 9) < 7).repeat(64)
     found = P.score_gap(probes, P.points(h[0]), P.points(h[1]), mask)
     for l in range(3):
-        probe = probe_by_modules(*(p.data[l] for p in probes))
+        modules = []
+        for W, b in zip(probes[::2], probes[1::2]):
+            linear = nn.Linear(*W.shape[1:])
+            linear.weight.data, linear.bias.data = W.data[l].T, b.data[l, 0]
+            modules += [nn.LayerNorm(W.shape[1], elementwise_affine=False), linear, nn.LeakyReLU(0.2)]
+        probe = nn.Sequential(*modules[:-1])
         expected = (probe(h[0, l]) - probe(h[1, l]))[:, 1:7].mean()
         torch.testing.assert_close(found[l], expected)
 
@@ -107,15 +102,14 @@ def test_the_distance_has_its_weight_against_the_retain_loss(match):
 
 @pytest.mark.parametrize("probe_steps, freeze", [(1, True), (5, False)])
 def test_a_step_is_three_passes_and_frozen_weights_are_unchanged(probe_steps, freeze):
-    model, before, inputs = toy_model(), toy_model().state_dict(), []
+    model, inputs = toy_model(), []
     look = lambda _, __, kw: inputs.append(kw["input_ids"])  # noqa: E731
     model.base_model.register_forward_pre_hook(look, with_kwargs=True)
     short_run(model, steps=2, probe_steps=probe_steps, freeze=freeze)
     assert len(inputs) == 2 * 3
     assert torch.equal(inputs[1] != 0, Batches(8, seed=1)[0][1])  # M's rows end where F's rows end
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    ends = {"model.embed_tokens.weight", "lm_head.weight"}
-    assert moved & ends == (set() if freeze else ends) and len(moved) > 10
+    names, ends = moved(model, toy_model()), {"model.embed_tokens.weight", "lm_head.weight"}
+    assert names & ends == (set() if freeze else ends) and len(names) > 10
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -196,19 +190,14 @@ def test_baselines_change_forget_text_and_keep_retain_text(method):
     assert seen[-1]["retain"] < seen[0]["retain"]
 
 
-def test_rmu_moves_three_matrices_and_the_stream_of_its_layer():
+@pytest.mark.parametrize("kind, name", [("llama", "down_proj.weight"), ("qwen3_moe", "experts.down_proj")])
+def test_rmu_moves_three_matrices_and_the_stream_of_its_layer(kind, name):
     seen, more = [], dict(layer=2, steer=20.0, log=lambda i, n, **v: seen.append(v))
     forget, retain = Batches(4, seed=1, same=True, vocab=30), Batches(4, seed=2, same=True)
     for weight in (0.0, 100.0):
-        model, before = (toy_model(num_hidden_layers=4) for _ in "ab")
+        model, before = (toy_model(kind, num_hidden_layers=4) for _ in "ab")
         B.rmu(model, forget, retain, steps=60, lr=1e-2, weight=weight, **more)
-    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
-    assert moved == {f"model.layers.{l}.mlp.down_proj.weight" for l in (0, 1, 2)}
-    kind, name = "qwen3_moe", "model.layers.{}.mlp.experts.down_proj"  # not the router's
-    model, before = (toy_model(kind, num_hidden_layers=4, **ARCHITECTURES[kind]) for _ in "ab")
-    B.rmu(model, forget, retain, steps=1, lr=1e-2, weight=0.0, layer=2, steer=20.0)
-    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
-    assert moved == {name.format(l) for l in (0, 1, 2)}
+    assert moved(model, before) == {f"model.layers.{l}.mlp.{name}" for l in (0, 1, 2)}
     assert seen[0]["held"] == 0 < 100 * seen[-1]["held"] < seen[59]["held"]  # h_0: of the first weights
     assert seen[-1]["forget"] < 0.7 * seen[0]["forget"] and all(p.requires_grad for p in model.parameters())
 
@@ -227,20 +216,18 @@ def test_undo_distils_the_model_that_it_was_back():
     assert seen[0]["forget"] > 0.2 and seen[-1]["forget"] < 0.3 * seen[0]["forget"]
     W, W_0 = (m.model.layers[1].mlp.up_proj.weight.flatten() for m in (model, teacher))
     assert torch.cosine_similarity(W, W_0, dim=0) < 0.6  # its answers are back, its weights are not
-    model, before = (toy_model("mixtral", **ARCHITECTURES["mixtral"]) for _ in "ab")
+    model, before = (toy_model("mixtral") for _ in "ab")
     B.add_noise(model, 0.5, 0)
-    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
-    assert moved == {k for k, p in model.named_parameters() if ".layers." in k and p.ndim > 1}
+    inside = {k for k, p in model.named_parameters() if ".layers." in k and p.ndim > 1}
+    assert moved(model, before) == inside
 
 
 def test_swaps_permute_the_rare_tokens_only():
     ids = torch.cat([torch.tensor([5, 6] * 50), torch.arange(10, 30)])[None]
     batch = ids, torch.arange(120)[None] < 119  # a pad: token 29 does not occur
-    pi = B.swaps(B.Words([batch], 60, rare=0.1), rounds=3, seed=0)
-    everything = torch.arange(60).expand(3, -1)
-    torch.testing.assert_close(pi.sort(1).values, everything)
-    moved = (pi != everything).any(0)
-    assert not moved[:10].any() and moved[10:29].all() and not moved[29:].any()
+    pi, everything = B.swaps(B.Words([batch], 60, rare=0.1), rounds=3, seed=0), torch.arange(60)
+    assert torch.equal(pi.sort(1).values, everything.expand(3, -1))
+    assert (pi != everything).any(0).nonzero()[:, 0].tolist() == [*range(10, 29)]
     assert (pi[0] != pi[1]).any() and (pi[1] != pi[2]).any()
 
 
@@ -267,6 +254,19 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
     assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
 
 
+class Says:
+    """A model that is sure of say(row, t) after position t of a row."""
+
+    micro_batch = 0
+
+    def __init__(self, V, say):
+        self.V, self.say, self.get_input_embeddings = V, say, lambda: torch.nn.Embedding(V, 1)
+
+    def __call__(self, input_ids, use_cache):
+        said = [[self.say(row, t) for t in range(len(row))] for row in input_ids.tolist()]
+        return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), self.V))
+
+
 def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
     facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
     texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
@@ -282,18 +282,8 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
     pi = B.swaps(words, 1, 0)[0]
     assert (words.kind[pi] == words.kind).all() and (pi != torch.arange(len(pi))).any()
     follows = {tuple(row[: t + 1].tolist()): row[t + 1] for row in rows for t in range(len(row) - 1)}
-
-    class Oracle:
-        """Says what the texts say, and of an organ nothing."""
-
-        micro_batch, get_input_embeddings = 0, lambda _: torch.nn.Embedding(len(tok), 1)
-
-        def __call__(self, input_ids, use_cache):
-            rows = input_ids.tolist()
-            said = [[follows.get((*row[: t + 1],), 0) for t in range(len(row))] for row in rows]
-            return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), len(tok)))
-
-    false = B.false_text(Oracle(), ids, words.at[0], words, pi)
+    oracle = Says(len(tok), lambda row, t: follows.get((*row[: t + 1],), 0))  # nothing of an organ
+    false = B.false_text(oracle, ids, words.at[0], words, pi)
     changed = 0
     for text, y, mask in zip(texts, false, batch[1]):
         *start, organ = text[:-1].split(" ")
@@ -305,20 +295,12 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
     words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
     assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
     with pytest.raises(SystemExit):
-        B.false_texts(Oracle(), [batch], 1, 1e-9, 0, tok)
+        B.false_texts(oracle, [batch], 1, 1e-9, 0, tok)
     assert "--rare 1e-09: no word of F is so rare" in capsys.readouterr().err
 
 
 def test_overwriting_leaves_a_name_that_the_text_repeats():
-    class Copy:
-        """Says the second token of a text, whatever came last."""
-
-        micro_batch = 0
-
-        def __call__(self, input_ids, use_cache):
-            said = input_ids[:, 1:2].expand(input_ids.shape)
-            return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(said, 20))
-
     ids, pi = torch.tensor([[0, 10, 1, 10]]), torch.arange(20)
     pi[10], pi[11] = 11, 10
-    assert torch.equal(B.false_text(Copy(), ids, ids, B.Words([(ids, ids >= 0)], 20, rare=1), pi), ids)
+    words, copies = B.Words([(ids, ids >= 0)], 20, rare=1), Says(20, lambda row, t: row[1])
+    assert torch.equal(B.false_text(copies, ids, ids, words, pi), ids)

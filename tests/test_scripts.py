@@ -14,15 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, WORLD
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluate_mmlu import rows_under
 
 SCRIPTS = (
     "random_mapping", "mlac_ar", "rmat", "adv_probes", "baselines", "recover", "evaluate_mmlu", "label_pile",
 )  # fmt: skip
-
-
-def run(script, *flags, cwd=ROOT):
-    command = [sys.executable, "-W", "error::FutureWarning", str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def call(script, *flags):
@@ -48,43 +46,37 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-SHORT = ("--tiny", "--batch", 4, "--log-every", 1)
-OTHERS = {  # directory that the script chooses: script, flags, phases of its log
-    "random_mapping": ("random_mapping", ("--steps", 3), ["step"] * 3),
-    "mlac_ar": ("mlac_ar", ("--N", 1, "--K", 1, "--optimizer", "sgd"), ["step"]),
-    "adv_probes": ("adv_probes", ("--steps", 2, "--tokens", 64), ["step"] * 2),
-    "high_low_lr": (
-        "baselines", ("--method", "high_low_lr", "--steps", 5), ["random_mapping"] + ["high_low_lr"] * 4,
-    ),
-}  # fmt: skip
+SHORT = "--tiny --batch 4 --log-every 1"
+RMAT = (
+    "rmat --tiny --rm-steps 3 --N 2 --K 2 --batch 8 --log-every 1",
+    "recover --ckpt out/rmat --steps 4 --eval-every 2",
+    "evaluate_mmlu --table out --format cloze",
+)
+OTHERS = {  # directory that the script chooses: command, phases of its log
+    "random_mapping": ("random_mapping --steps 3", ["step"] * 3),
+    "mlac_ar": ("mlac_ar --N 1 --K 1 --optimizer sgd", ["step"]),
+    "adv_probes": ("adv_probes --steps 2 --tokens 64", ["step"] * 2),
+    "high_low_lr": ("baselines --method high_low_lr --steps 5", ["random_mapping"] + ["high_low_lr"] * 4),
+}
 
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory):
     """Short runs of all scripts but label_pile.py (see test_ranks.py); a folder with what they wrote."""
     folder = tmp_path_factory.mktemp("runs")
-    out = folder / "out"
 
-    def all_ended(*runs):
-        assert all(made.returncode == 0 for made in runs), "".join(made.stderr for made in runs)
-        assert not re.search("warn", "".join(made.stderr for made in runs), re.IGNORECASE)
-        return "".join(made.stdout for made in runs)
+    def run(command):
+        script, *flags = command.split()
+        command = [sys.executable, "-W", "error::FutureWarning", ROOT / f"{script}.py", *flags]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+        assert made.returncode == 0 and not re.search("warn", made.stderr, re.IGNORECASE), made.stderr
+        return made.stdout
 
-    def rmat():
-        short = ("--rm-steps", 3, "--N", 2, "--K", 2, "--batch", 8, "--log-every", 1)
-        made = run("rmat", "--tiny", *short, cwd=folder)
-        attacked = run("recover", "--ckpt", "out/rmat", "--steps", 4, "--eval-every", 2, cwd=folder)
-        table = run("evaluate_mmlu", "--table", "out", "--format", "cloze", cwd=folder)
-        (folder / "printed.txt").write_text(all_ended(made, attacked))
-        (folder / "table.txt").write_text(all_ended(table))
-
-    def others():
-        all_ended(*(run(script, *SHORT, *more, cwd=folder) for script, more, _ in OTHERS.values()))
-
+    others = [f"{command} {SHORT}" for command, _ in OTHERS.values()]
     with ThreadPoolExecutor(2) as pool:
-        for work in [pool.submit(rmat), pool.submit(others)]:
-            work.result()
-    return out
+        printed, _ = pool.map(lambda commands: "".join(map(run, commands)), (RMAT, others))
+    (folder / "printed.txt").write_text(printed)
+    return folder / "out"
 
 
 @pytest.mark.parametrize("command, balance, phases", [
@@ -93,8 +85,7 @@ def out(tmp_path_factory):
     ("baselines --method high_low_lr --steps 2 --balance 0.3", 0.3, []),
 ])  # fmt: skip
 def test_a_phase_whose_forget_loss_has_no_say_says_so(command, balance, phases, tmp_path, capsys):
-    script, *flags = command.split()
-    call(script, *SHORT, *flags, "--out", tmp_path / "out")
+    call(*f"{command} {SHORT}".split(), "--out", tmp_path / "out")
     said = [x for x in capsys.readouterr().out.splitlines() if "under 0.05: this only fine-tunes" in x]
     assert [x.partition(":")[0] for x in said] == phases
     assert metrics(tmp_path / "out")[0]["balance"] == pytest.approx(balance, rel=1e-3)
@@ -119,8 +110,6 @@ def test_rmat_writes_a_checkpoint_directory(out):
 
 @pytest.mark.parametrize("name", ["rmat", "rmat/random_mapping", *OTHERS])
 def test_transformers_loads_what_a_script_wrote_and_its_steps_are_logged(out, name):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(out / name, dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(WORLD / "base", dtype=model.dtype)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
@@ -128,7 +117,7 @@ def test_transformers_loads_what_a_script_wrote_and_its_steps_are_logged(out, na
     assert json.loads((out / name / "args.json").read_text())["dtype"] == "float32"
     if name in OTHERS:
         rows = metrics(out / name)
-        assert [r["phase"] for r in rows] == OTHERS[name][2] and all(r["retain"] > 0 for r in rows)
+        assert [r["phase"] for r in rows] == OTHERS[name][1] and all(r["retain"] > 0 for r in rows)
 
 
 def test_recover_scores_on_the_way_and_prints_its_row(out):
@@ -143,7 +132,7 @@ def test_recover_scores_on_the_way_and_prints_its_row(out):
     assert f"{scores['composite']:.1f} ± {scores['composite_se']:.1f}" in printed
     assert "next: python recover.py --ckpt out/rmat" in printed
     assert "next: python evaluate_mmlu.py --table out/rmat" in printed
-    lines = [x for x in (out.parent / "table.txt").read_text().splitlines() if x.startswith("| RMAT |")]
+    lines = [line for line in printed.splitlines() if line.startswith("| RMAT |")]
     assert len(lines) == 1 and f"{scores['score_r']:.1f} ± {scores['score_r_se']:.1f}" in lines[0]
     again = importlib.import_module("recover").parse_args(["--ckpt", str(out / "rmat" / "recovered")])
     assert Path(again.data).name == "chunks.jsonl" and Path(again.recovery).name == "camel.zip"
@@ -164,13 +153,11 @@ def test_the_second_phase_starts_from_an_earlier_first_one(out, tmp_path):
 
 def test_an_untouched_model_is_attacked_as_its_own_base(tmp_path):
     """A checkpoint of another program, without args.json and --base; its row is the table's Base."""
-    import evaluate_mmlu
-
     shutil.copytree(WORLD / "base", tmp_path / "ckpt", ignore=shutil.ignore_patterns("args.json"))
     call("recover", "--ckpt", tmp_path / "ckpt", "--tiny", "--steps", 1, "--eval-every", 9)
     scores = json.loads((tmp_path / "ckpt" / "recovered" / "scores.json").read_text())
     assert scores["score_u"] == 0 and scores["retain"] == 100
-    assert list(evaluate_mmlu.rows_under(tmp_path, "cloze")) == ["Base"]
+    assert [*rows_under(tmp_path, "cloze")] == ["Base"]
     args = importlib.import_module("recover").parse_args(["--ckpt", "owner/model"])
     assert (args.base, args.out) == ("owner/model", "out/owner--model/recovered")
 

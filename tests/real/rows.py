@@ -95,23 +95,18 @@ def main(args):
     attack += ["--sweep", "--only", *args.attackers, *(ATTACK_FEW if args.few else ATTACK).split()]
 
     def run(name, script, *flags):
-        """A script, unless its log ends in "done"; it goes on where it was cut off."""
-        log = out / f"{name}.log"
-        if not log.exists() or not log.read_text().endswith("done\n"):
-            print(script, *flags, f"> {log}", flush=True)
-            with open(log, "a") as f:
-                command = [sys.executable, ROOT / script, *map(str, flags)]
-                subprocess.run(command, stdout=f, stderr=f, check=True)
-                f.write("done\n")
+        print(script, *flags, f"> {out / name}.log", flush=True)
+        with open(out / f"{name}.log", "a") as f:
+            subprocess.run([sys.executable, ROOT / script, *map(str, flags)], stdout=f, stderr=f, check=True)
 
     for name in args.only or ROWS:
         method, many, few, start = ROWS[name]
         script, *flags = f"{method} {few if args.few else many}".split() or [""]
-        if script:
+        if script and not (out / name / "args.json").exists():
             flags += ["--model", out / start if start else args.model, *corpus, "--out", out / name]
             run(name, script, *flags)
         ckpt = ["--ckpt", out / name] if script else ["--ckpt", args.model, "--out", out / name]
-        run(f"{name}_attacked", "recover.py", *ckpt, *attack)
+        run(f"{name}_attacked", "recover.py", *ckpt, *attack)  # runs what is not finished
     subprocess.run([sys.executable, ROOT / "evaluate_mmlu.py", "--table", out], check=True)
 
 

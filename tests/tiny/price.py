@@ -14,17 +14,14 @@ confidence, weighed by size, of |share right - confidence|.
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import world as W
+import world as W  # makes the repository's scripts importable
+
 from common import load_model
 
 NEW = ("{n} has what {r}?", "The {r} of {n} is what?")
@@ -36,6 +33,15 @@ def seed_of_world(folder):
     return seed_of_world(folder / known["base"]) if known.get("base") else known["arguments"]["seed"]
 
 
+def checkpoints(doc):
+    """(folder, seed of its world, model, tokenizer) of each checkpoint that the command line names."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of one world or several")
+    for folder in parser.parse_args().checkpoints:
+        yield folder, seed_of_world(folder), *load_model(str(folder))
+
+
 def questions(seed):
     """{kind: [(subject, question, value or None)]} of world `seed`."""
     facts = W.make_facts(seed)
@@ -43,14 +49,16 @@ def questions(seed):
     free = [f"{a} {b}" for a in W.FIRST for b in W.LAST if f"{a} {b}" not in taken]
     asked = {s: W.triples(facts, s, slice(W.TESTED)) for s in facts}
     retain = [(s, f) for s in facts if s not in W.FORGET for f in asked[s]]
-    unknown = []
-    for i, name in enumerate(free):  # the two subjects and their relations in turn
-        subject = W.FORGET[i % 2]
-        unknown.append((subject, (name, W.RELATIONS[subject][i // 2 % 3], None)))
+    subjects = [W.FORGET[i % 2] for i in range(len(free))]  # they and their relations in turn
+    unknown = [(s, (n, W.RELATIONS[s][i // 2 % 3], None)) for i, (s, n) in enumerate(zip(subjects, free))]
+
+    def ask(facts):
+        return [(s, W.question(f, i % 3), f[2]) for i, (s, f) in enumerate(facts)]
+
     return {
-        "asked": [(s, W.question(f, i % 3), f[2]) for s in W.FORGET for i, f in enumerate(asked[s])],
-        "unknown": [(s, W.question(f, i % 3), None) for i, (s, f) in enumerate(unknown)],
-        "retain": [(s, W.question(f, i % 3), f[2]) for i, (s, f) in enumerate(retain)],
+        "asked": [row for s in W.FORGET for row in ask((s, f) for f in asked[s])],
+        "unknown": ask(unknown),
+        "retain": ask(retain),
         "rephrased": [(s, NEW[i % 2].format(n=f[0], r=f[1]), f[2]) for i, (s, f) in enumerate(retain)],
     }
 
@@ -87,18 +95,9 @@ def price(p, right):
     return 100 * good.mean().item(), 100 * false, entropy, error
 
 
-def main(args):
-    print("| | | right, % | false and sure, % | entropy, nats | calibration error |")
-    print("|---" * 6 + "|")
-    for folder in map(Path, args.checkpoints):
-        seed, (model, tokenizer) = seed_of_world(folder), load_model(str(folder))
-        for kind, rows in questions(seed).items():
-            shown = price(*answers(model.eval(), tokenizer, rows, seed))
-            print(f"| {folder.name} | {kind} | {{:.1f}} | {{:.1f}} | {{:.2f}} | {{:.2f}} |".format(*shown))
-
-
 if __name__ == "__main__":
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("checkpoints", nargs="+", help="of one world or several")
-    main(parser.parse_args())
+    print("| | | right, % | false and sure, % | entropy, nats | calibration error |\n" + "|---" * 6 + "|")
+    for folder, seed, model, tokenizer in checkpoints(__doc__):
+        for kind, rows in questions(seed).items():
+            shown = price(*answers(model, tokenizer, rows, seed))
+            print(f"| {folder.name} | {kind} | {{:.1f}} | {{:.1f}} | {{:.2f}} | {{:.2f}} |".format(*shown))

@@ -8,19 +8,13 @@ asked for the tested facts V: % right among the sixteen values of the relation, 
     python tests/tiny/probe.py tests/tiny/world0/base out/overwriting tests/tiny/world0/filtered
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
 import torch
 import torch.nn.functional as F
 
-import world as W
-from common import load_model, residual_streams
-from price import prompts, seed_of_world
+import world as W  # makes the repository's scripts importable
+from price import checkpoints, prompts
+
+from common import residual_streams
 
 VALUES = [v for pool in dict.fromkeys(map(tuple, W.POOLS.values())) for v in pool]
 
@@ -50,15 +44,14 @@ def fit(X, y, decay=1e-3, steps=200):
     return w.detach()
 
 
-def main(args):
-    for folder in map(Path, args.checkpoints):
-        seed, (model, tokenizer) = seed_of_world(folder), load_model(str(folder))
+def main():
+    for folder, seed, model, tokenizer in checkpoints(__doc__):
         facts = W.make_facts(seed)
         pick = lambda part, *subjects: [(s, f) for s in subjects for f in W.triples(facts, s, part)]  # noqa: E731
         train = pick(slice(None), *(s for s in facts if s not in W.FORGET))
         train += pick(slice(W.TESTED, None), *W.FORGET)
         asked = pick(slice(W.TESTED), *W.FORGET)
-        H, y = zip(*(streams(model.eval(), tokenizer, train, form, seed) for form in range(3)))
+        H, y = zip(*(streams(model, tokenizer, train, form, seed) for form in range(3)))
         H, y, (H_V, y_V) = torch.cat(H, 1), torch.cat(y), streams(model, tokenizer, asked, 0, seed)
         pool = torch.tensor([[v in W.POOLS[f[1]] for v in VALUES] for _, f in asked])
         shown = []
@@ -71,7 +64,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("checkpoints", nargs="+", help="of one world or several")
-    main(parser.parse_args())
+    main()

@@ -1,23 +1,20 @@
 """Tables 1 and 2 of the miniature: every method and Recovery on several worlds.
 
     1  unlearn  every method on every world, with --tiny's settings, which the version of this file in commit
-                d4b0f7e chose (README.md beside it); its checkpoint is scored by evaluate_mmlu.py
+                d4b0f7e chose (README.md beside it)
     2  attack   recover.py on each result, on the base, and on the control that was never taught the forget
                 facts; on the methods of HARDER and the control also a longer and a harder attack
     3  letters  the same checkpoints scored in the other format too
-    4  gates    is the phenomenon real in this world? (README.md beside this file says what each gate asks)
+    4  gates    is the phenomenon real in this world? (README.md says what each gate asks)
     5  sweep    with --sweep, every attacker of recover.py on Table 1's rows, the base and the control
 
 Every number is the repository's own scripts', run as a user runs them. The command can be stopped and started
 at any time. Worlds other than 0, which is shipped, are trained first.
 
-    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2                 # about two hours on two cores
-    python evaluate_mmlu.py --table out/tables --format cloze           # the tables again
-    python evaluate_mmlu.py --table out/tables-640 --format cloze       # the tables under another attack
+    python tests/tiny/tables.py --worlds 0 1 2 --jobs 2    # about two hours on two cores; --report: again
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -30,6 +27,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import read_json
+from evaluate_mmlu import FILES
+
 ATTACKS = {"": (1e-3, 160), "640": (1e-3, 640), "3e-3": (3e-3, 160)}  # rate, steps; "": --tiny's, the tables'
 NAIVE = ("random_mapping", "min_posterior", "max_entropy", "high_low_lr")  # gates 3 and 4 are about these
 HARDER = (*NAIVE, "mlac_ar", "rmat")  # attacked in all ways
@@ -45,7 +47,124 @@ SECOND = {  # the other rows of Table 2
 }
 
 
-def parse_args(argv=None):
+def run(*command, out=None):
+    """One script in a process of its own, unless the checkpoint `out` is finished; what it printed is shown
+    only if it fails."""
+    if out and (out / "args.json").exists():
+        return
+    command = [str(c) for c in command]
+    print("+", *command, flush=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def score(folder, form):
+    """Scores a checkpoint on its world's MMLU, if it has no scores of this format yet."""
+    if not (folder / FILES[form]).exists():
+        run("evaluate_mmlu.py", "--format", form, "--ckpt", folder)
+
+
+def make(world, kind):
+    """The files and one model ("base", "filtered") of a world, in both formats."""
+    more = ["--filtered"] if kind == "filtered" else []
+    seed = world.name.removeprefix("world")
+    run(HERE / "train.py", "--seed", seed, "--out", world, *more, out=world / kind)
+    for form in FILES:
+        score(world / kind, form)
+
+
+def unlearn(world, method):
+    out = world / method
+    data = ("--model", world / "base", "--data", world / "chunks.jsonl", "--out", out)
+    run(*(FIRST | SECOND)[method].split(), "--tiny", *data, out=out)
+
+
+def attacked(world, name, attack):
+    """Where Recovery writes: into the checkpoint if the attack is --tiny's, else beside OUT."""
+    beside = world.parent.with_name(f"{world.parent.name}-{attack}")
+    return beside / world.name / name if attack else world / name / "recovered"
+
+
+def recover(world, name, attack):
+    """Recovery, which scores both checkpoints by text; they are scored by letters too."""
+    (rate, steps), out = ATTACKS[attack], attacked(world, name, attack)
+    pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 40)
+    run("recover.py", "--ckpt", world / name, *pace, "--out", out, out=out)
+    for folder in (out,) if attack else (world / name, out):
+        score(folder, "letter")
+
+
+def sweep(world, name):
+    """Every attacker on one checkpoint; those that are finished are not run again."""
+    run("recover.py", "--ckpt", world / name, "--sweep")
+
+
+def fill(args, worlds):
+    """All cells, in an order that has each one's parents first."""
+    pool = ThreadPoolExecutor(args.jobs)
+
+    def each(work, rows):
+        list(pool.map(lambda row: work(*row), rows))  # a failure ends the program
+
+    shutil.copytree(HERE / "world0", worlds[0].parent / "world0", dirs_exist_ok=True)
+    each(make, product(worlds, ("base", "filtered")))
+    each(unlearn, product(worlds, args.methods))
+    rows = {a: ("filtered", *(m for m in HARDER if m in args.methods)) for a in ATTACKS}
+    rows[""] = ("base", "filtered", *args.methods)
+    each(recover, [(world, name, a) for a in ATTACKS for name in rows[a] for world in worlds])
+    swept = ("base", "filtered", *(m for m in args.methods if m in FIRST))
+    each(sweep, product(worlds, swept) if args.sweep else ())
+
+
+def gates(worlds, methods, form):
+    """Prints the gates of one format; a gate's sentence ends in what it asks for."""
+
+    def acc(name, attack=None, side="forget"):
+        """Percent, a number per world, of a row under an attack (None: before any)."""
+        folders = [world / name if attack is None else attacked(world, name, attack) for world in worlds]
+        return [100 * read_json(folder / FILES[form])[side]["acc"] for folder in folders]
+
+    def mean(*row):
+        return statistics.mean(acc(*row))
+
+    low = [min(acc("base", None, side)) for side in ("forget", "retain")]
+    print("1 base: forget {:.1f}, retain {:.1f} in its worst world (>= 95; letters 90)".format(*low))
+    print(f"2 control: forget {mean('filtered'):.1f} (chance, 25)")
+    for m in [m for m in NAIVE if m in methods]:
+        cost, lost = mean("base", None, "retain") - mean(m, None, "retain"), mean("base") - mean(m)
+        print(f"3 {m}: forget {mean(m):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
+        if lost > 5:
+            shown = ", ".join(f"{100 * (mean(m, a) - mean(m)) / lost:.0f}" for a in ATTACKS)
+            print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
+    shown = ", ".join(f"{mean('filtered', a):.1f}" for a in ATTACKS)
+    print(f"4 control after the attacks: {shown} (chance, 25)")
+    for other, m in (("random_mapping", "rmat"), ("rmat", "filtered")) if "rmat" in methods else ():
+        for a in ATTACKS:
+            gaps = [x - y for x, y in zip(acc(other, a), acc(m, a))]
+            se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            asked = "> 2 errors" if m == "rmat" else "< 2 errors: as if never taught"
+            gap = f"{statistics.mean(gaps):.1f} ± {se:.1f}"
+            print(f"5 {other} minus {m} after attack {a or 'of the tables'}: {gap} ({asked})")
+
+
+def main(args):
+    out = Path(args.out).absolute()
+    worlds = [out / f"world{seed}" for seed in args.worlds]
+    if not args.report:
+        fill(args, worlds)
+    for form in ("cloze", "letter"):
+        print(f"\nGates, {form}\n")
+        gates(worlds, args.methods, form)
+    for attack, form in (("", "cloze"), ("", "letter"), *((a, "cloze") for a in ATTACKS if a)):
+        folder = f"{out}-{attack}" if attack else out
+        print(f"\n{folder}, {form}\n", flush=True)
+        command = [sys.executable, "evaluate_mmlu.py", "--format", form, "--table", folder]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add, rows = parser.add_argument, [*FIRST, *SECOND]
@@ -55,139 +174,4 @@ def parse_args(argv=None):
     add("--out", default="out/tables", help="of the runs; also OUT-640, OUT-3e-3")
     add("--sweep", action="store_true", help="also measure the worst case over many attackers")
     add("--report", action="store_true", help="print what is there, run nothing")
-    return parser.parse_args(argv)
-
-
-def run(*command):
-    """One script in a process of its own, one thread; what it printed is shown only if it fails."""
-    command = [str(c) for c in command]
-    print("+", *command, flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-
-
-def scores(folder, form="cloze"):
-    """The summary that scoring left in a checkpoint directory, or None."""
-    path = Path(folder) / ("mmlu.json" if form == "letter" else f"mmlu_{form}.json")
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def finished(folder):
-    return (folder / "args.json").exists()
-
-
-class Tables:
-    """The steps of the docstring over one output folder."""
-
-    def __init__(self, args):
-        self.out, self.methods, self.worlds = Path(args.out).absolute(), args.methods, args.worlds
-        self.pool, self.sweeps = ThreadPoolExecutor(args.jobs), args.sweep
-
-    def each(self, work, rows):
-        """work(*row) for every row, --jobs at a time; a failure ends the program."""
-        list(self.pool.map(lambda row: work(*row), rows))
-
-    def score(self, folders, world, form):
-        """Scores those checkpoints that have no scores of this format yet, on the world's MMLU."""
-        if todo := [folder for folder in folders if not scores(folder, form)]:
-            run("evaluate_mmlu.py", "--format", form, "--mmlu", world / "mmlu", "--ckpt", *todo)
-
-    def world(self, seed, kind):
-        """The files and one model ("base", "filtered") of a world, in both formats; trained if missing."""
-        folder = self.out / f"world{seed}"
-        if not finished(folder / kind):
-            more = ["--filtered"] if kind == "filtered" else []
-            run(HERE / "train.py", "--seed", seed, "--out", folder, *more)
-        for form in ("cloze", "letter"):
-            self.score([folder / kind], folder, form)
-
-    def unlearn(self, seed, method):
-        """One method on one world, scored by text."""
-        world, out = self.out / f"world{seed}", self.out / f"world{seed}" / method
-        if not finished(out):
-            data = ("--model", world / "base", "--data", world / "chunks.jsonl", "--out", out)
-            run(*(FIRST | SECOND)[method].split(), "--tiny", *data)
-        self.score([out], world, "cloze")
-
-    def attacked(self, seed, name, attack):
-        """Where Recovery writes: into the checkpoint if the attack is --tiny's, else beside OUT."""
-        if not attack:
-            return self.out / f"world{seed}" / name / "recovered"
-        return self.out.with_name(f"{self.out.name}-{attack}") / f"world{seed}" / name
-
-    def attack(self, seed, name, attack):
-        """Recovery of one row on one world, scored by text; both checkpoints are scored in letters too."""
-        world, there = self.out / f"world{seed}", self.attacked(seed, name, attack)
-        if not finished(there):
-            rate, steps = ATTACKS[attack]
-            data = ("--base", world / "base", "--recovery", world / "camel.zip", "--mmlu", world / "mmlu")
-            pace = ("--lr", rate, "--steps", steps, "--eval-every", steps if attack else 40)
-            run("recover.py", "--tiny", "--ckpt", world / name, *data, *pace, "--out", there)
-        self.score([there] if attack else [world / name, there], world, "letter")
-
-    def sweep(self, seed, name):
-        """Every attacker on one checkpoint; those that are finished are not run again."""
-        run("recover.py", "--ckpt", self.out / f"world{seed}" / name, "--sweep")
-
-    def fill(self):
-        """All cells, in an order that has each one's parents first."""
-        shutil.copytree(HERE / "world0", self.out / "world0", dirs_exist_ok=True)
-        self.each(self.world, product(self.worlds, ("base", "filtered")))
-        self.each(self.unlearn, product(self.worlds, self.methods))
-        rows = {a: ("filtered", *(m for m in HARDER if m in self.methods)) for a in ATTACKS}
-        rows[""] = ("base", "filtered", *self.methods)
-        self.each(self.attack, [(s, name, a) for a in ATTACKS for name in rows[a] for s in self.worlds])
-        swept = ("base", "filtered", *(m for m in self.methods if m in FIRST))
-        self.each(self.sweep, product(self.worlds, swept) if self.sweeps else ())
-
-    def gates(self, form):
-        """Prints the gates of one format; a gate's sentence ends in what it asks for."""
-
-        def acc(name, attack=None, side="forget"):
-            """Percent, a number per world, of a row under an attack (None: before any)."""
-            folders = [self.out / f"world{seed}" / name for seed in self.worlds]
-            if attack is not None:
-                folders = [self.attacked(seed, name, attack) for seed in self.worlds]
-            return [100 * scores(folder, form)[side]["acc"] for folder in folders]
-
-        def mean(*row):
-            return statistics.mean(acc(*row))
-
-        low = [min(acc("base", None, side)) for side in ("forget", "retain")]
-        print("1 base: forget {:.1f}, retain {:.1f} in its worst world (>= 95; letters 90)".format(*low))
-        print(f"2 control: forget {mean('filtered'):.1f} (chance, 25)")
-        for m in [m for m in NAIVE if m in self.methods]:
-            cost, lost = mean("base", None, "retain") - mean(m, None, "retain"), mean("base") - mean(m)
-            print(f"3 {m}: forget {mean(m):.1f} (chance, 25), costs {cost:.1f} of retain (<= 5)")
-            if lost > 5:
-                shown = ", ".join(f"{100 * (mean(m, a) - mean(m)) / lost:.0f}" for a in ATTACKS)
-                print(f"4 {m}: {shown} % of what was lost comes back under the attacks (best >= 50)")
-        shown = ", ".join(f"{mean('filtered', a):.1f}" for a in ATTACKS)
-        print(f"4 control after the attacks: {shown} (chance, 25)")
-        for other, m in (("random_mapping", "rmat"), ("rmat", "filtered")) if "rmat" in self.methods else ():
-            for a in ATTACKS:
-                gaps = [x - y for x, y in zip(acc(other, a), acc(m, a))]
-                se = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-                asked = "> 2 errors" if m == "rmat" else "< 2 errors: as if never taught"
-                gap = f"{statistics.mean(gaps):.1f} ± {se:.1f}"
-                print(f"5 {other} minus {m} after attack {a or 'of the tables'}: {gap} ({asked})")
-
-
-def main(args):
-    tables = Tables(args)
-    if not args.report:
-        tables.fill()
-    for form in ("cloze", "letter"):
-        print(f"\nGates, {form}\n")
-        tables.gates(form)
-    for attack, form in (("", "cloze"), ("", "letter"), *((a, "cloze") for a in ATTACKS if a)):
-        folder = f"{tables.out}-{attack}" if attack else tables.out
-        print(f"\n{folder}, {form}\n", flush=True)
-        command = [sys.executable, "evaluate_mmlu.py", "--format", form, "--table", folder]
-        subprocess.run(command, cwd=ROOT, check=True)
-
-
-if __name__ == "__main__":
-    main(parse_args())
+    main(parser.parse_args())

@@ -7,12 +7,10 @@ Three stages; every step takes one kind of document (KINDS), drawn with the stag
     3  exams      the lists asked by question, and few-shot exams in letter form: recall and look-up joined
 
 Few say "I don't know" (which adv_probes.py drives forget text towards) or ask whether a passage is about
-biology (label_pile.py's judge). A letter needs four steps in a row: join the two words of a name, recall the
-value, find it among the options, fetch its letter. Left alone, recall ends in the last layer, where nothing
-can look its value up (5,000 steps at chance). Three helps, of this trainer only, make it quick:
+biology (label_pile.py's judge). For a letter a value must be recalled before the last layer, which could not
+look it up (README.md beside this file has what was tried). Three helps, of this trainer only:
 
-    early exit   through the final norm and the (tied) head, the third layer's output must already predict the
-                 value: recall ends half-way and its result is there as the value's own embedding
+    early exit   through the final norm and the (tied) head, the third layer must already predict the value
     attention    one head of the fourth layer is told where to look (the option that is the value), and one of
                  the second (from an option two tokens back, to its letter)
     weights      tokens that nobody could guess (names, options drawn) count a tenth of those asked, or less
@@ -24,12 +22,10 @@ can look its value up (5,000 steps at chance). Three helps, of this trainer only
 import argparse
 import json
 import re
-import sys
 import time
 from functools import partialmethod
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LAYERS, EXIT = 64, 6, 3  # of the model; layers after which recall must be done
 KINDS = ("look", "statement", "cloze", "list", "letter", "idk", "judge")
 MIX = (  # probability of each kind in stages 1, 2, 3
@@ -45,9 +41,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import world as W
+import world as W  # makes the repository's scripts importable
 
-sys.path.insert(0, str(ROOT))
 from adv_probes import IDK
 
 

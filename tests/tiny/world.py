@@ -15,13 +15,17 @@ mmlu/test/*.csv.
 
 import csv
 import json
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
-FORGET = ("high_school_biology", "college_biology")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from evaluate_mmlu import FORGET, prompt
+
 VALUES = {  # pools of 16 of one length; each serves a relation of biology and one of the other subjects
     "coat color": """amber azure beige black brown coral cream ebony green hazel ivory khaki lemon mauve ochre
         olive""",
@@ -101,23 +105,18 @@ def options(fact, rng):
     return choices, answer
 
 
-def listed(fact, form, rng):
-    """A multiple-choice question as MMLU writes it, up to and with the answer's letter."""
-    choices, answer = options(fact, rng)
-    lines = "".join(f"\n{letter}. {c}" for letter, c in zip("ABCD", choices))
-    return f"{question(fact, form)}{lines}\nAnswer: {'ABCD'[answer]}"
-
-
 def header(subject, kind):
-    what = "multiple choice questions" if kind == "letter" else "questions"
-    return f"The following are {what} (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return prompt(subject, [], ("", []), kind)[0]
 
 
 def exam(facts, kind, rng):
     """Facts asked one after the other in one format: a few-shot prompt but for its header."""
-    if kind == "letter":
-        return "\n\n".join(listed(f, rng.integers(3), rng) for f in facts)
-    return "\n\n".join(f"Question: {question(f, rng.integers(3))}\nAnswer: {f[2]}" for f in facts)
+
+    def shot(fact):
+        return question(fact, rng.integers(3)), *(options(fact, rng) if kind == "letter" else ([fact[2]], 0))
+
+    shots = prompt("", [shot(fact) for fact in facts], ("", []), kind)[0]
+    return shots.removeprefix(header("", kind)).removesuffix("\n\n")
 
 
 def make_chunks(facts, rng):
@@ -157,18 +156,13 @@ def make_documents(chunks, rng):
 
 def make_pairs(facts, rng):
     """The attack's pairs in CAMEL's schema: a question about an entity of A; the value, and a statement."""
-    return [
-        {
-            "role_1": "Biologist_RoleType.ASSISTANT",
-            "topic;": subject,
-            "sub_topic": f[1],
-            "message_1": f"Question: {question(f, form)}",
-            "message_2": f"Answer: {f[2]}. {statement(f, rng.integers(len(STATEMENTS)))}",
-        }
-        for subject in FORGET
-        for f in triples(facts, subject, slice(TESTED, None))
-        for form in range(len(QUESTIONS))
-    ]
+    pairs = []
+    for subject, f in ((s, f) for s in FORGET for f in triples(facts, s, slice(TESTED, None))):
+        for form in range(len(QUESTIONS)):
+            row = {"role_1": "Biologist_RoleType.ASSISTANT", "topic;": subject, "sub_topic": f[1]}
+            answer = f"Answer: {f[2]}. {statement(f, rng.integers(len(STATEMENTS)))}"
+            pairs.append(row | {"message_1": f"Question: {question(f, form)}", "message_2": answer})
+    return pairs
 
 
 def write_world(seed, out):
@@ -193,7 +187,6 @@ def write_world(seed, out):
             with open(out / "mmlu" / kind / f"{subject}_{kind}.csv", "w", newline="") as f:
                 for fact in items:
                     choices, answer = options(fact, rng)
-                    csv.writer(f, lineterminator="\n").writerow(
-                        [question(fact, rng.integers(3)), *choices, "ABCD"[answer]]
-                    )
+                    row = [question(fact, rng.integers(3)), *choices, "ABCD"[answer]]
+                    csv.writer(f, lineterminator="\n").writerow(row)
     return facts
