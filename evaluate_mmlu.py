@@ -113,9 +113,6 @@ from common import (
 )  # fmt: skip
 
 
-# ---- questions -----------------------------------------------------------------------------------------
-
-
 class Exam(dict):
     """{subject: (shots, questions)}, a question being (text, four choices, answer 0..3).
 
