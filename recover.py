@@ -420,7 +420,7 @@ def sweep(args, argv, load_exam):
         own = {} if line is None else vars(parse_args([*argv, *line.split(), "--out", folder]))
         was, now = settings(known, "micro_batch"), settings(known | {"arguments": own})
         other = [k for k, x in now.items() if was.get(k, x) != x]
-        other += ["questions"] if known["protocol"] != exam.protocol(args.format) else []
+        other += ["questions"] if known.get("protocol") != exam.protocol(args.format) else []
         if Path(resolved(known["parent"], folder)).resolve() != Path(args.ckpt).resolve():
             other = ["ckpt"]
         if other:
