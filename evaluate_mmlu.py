@@ -466,7 +466,7 @@ def rows_under(root, form):
             group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in both)), {})
             seeds = (x.get("arguments", {}).get("seed") for x in both)
             group.setdefault((base, *seeds, None if mine else folder), run | attacked)
-    for asked in bases.keys() - {key[1] for key in groups if key[0] in ("Base", "base")}:
+    for asked in sorted(bases.keys() - {key[1] for key in groups if key[0] in ("Base", "base")}):
         groups["base", asked] = bases[asked]  # it was scored elsewhere
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
     for (name, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
