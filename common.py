@@ -53,7 +53,7 @@ def fail(message, kind=SystemExit):
     """Ends the program with exit status 2 and one line: the fault and its remedy."""
     if not int(os.environ.get("RANK", 0)):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise kind(2)
+    raise kind(2) from ValueError(message)
 
 
 def seed_of(*key):

@@ -443,7 +443,8 @@ def sweep(args, argv, load_exam):
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
             if getattr(error, "code", 2) != 2 or first is None:  # a signal; no model
                 raise
-            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+            why = error.__cause__ if isinstance(error, SystemExit) else error
+            failed[name] = f"{type(why).__name__}: {' '.join(str(why).split()):.150}"
             say(f"{name}: {failed[name]}")
         theta.load()
         theta.wait()

@@ -217,7 +217,7 @@ def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, mo
     with monkeypatch.context() as m:
         m.setattr(R, "finetune", full_disk)
         printed = recover(tmp_path, "--sweep --steps 2 --eval-every 1 --only paper")
-    assert "failed: paper" in printed and not finished(tmp_path)
+    assert "failed: paper: ValueError: the disk is full" in printed and not finished(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     log, kill = R.Run.log, lambda: os.kill(os.getpid(), signal.SIGTERM)  # in the last step
     monkeypatch.setattr(R.Run, "log", lambda self, *x, **more: kill() or log(self, *x, **more))
