@@ -15,7 +15,7 @@ Random Mapping drives the residual stream on text of F to noise. RMAT goes on fr
 1) "Hashing" a token is indexing the targets by its id; the streams are the decoder layers' outputs.
 2) The cosine is signed ("maximizing"; the authors' later code has 1 - |cos|). BOS and pads are masked out.
 3) w, measured before step 1, makes the mapping loss's gradient 0.3 times as long as L's (`--balance`). With
-   w = 1 it is as 1/|h| to L's: 1/159 on Qwen2.5-Coder-1.5B, and nothing is unlearned. Miniature: w = 1.
+   w = 1 their ratio goes as 1/|h|: 1/159 on Qwen2.5-Coder-1.5B, and nothing is unlearned. Miniature: w = 1.
 4) AdamW without weight decay; learning rate: lr times the smaller of i / warmup and 1 - (i - 1) / steps.
 
 Memory: weights, gradient, two moments (bf16 on a GPU, stochastically rounded), (V, D) targets, activations.
