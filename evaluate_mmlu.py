@@ -2,7 +2,7 @@
 
 The evaluation of *Toward Robust Unlearning for LLMs* (Tamirisa et al., 2024; A.1): forget subjects are
 high_school_biology and college_biology, retain subjects the other 55. Where the paper is silent, our
-choices: accuracy is the mean over subjects (the paper's forget numbers fit no mean over questions); else the
+choices: accuracy is the mean over subjects (15 of its 26 forget numbers fit no mean of questions); else the
 standard protocol, to the character (lm-evaluation-harness: `mmlu`, `mmlu_continuation`):
 
     letter   "The following are multiple choice questions (with answers) about SUBJECT.", five dev questions
