@@ -457,7 +457,8 @@ def rows_under(root, form):
         swept = [x for x in by if facts[x].get("attacker")]
         several = len({x.parent for x in swept}) > 1
         run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
-        asked = "" if (mine or how).get("tiny") else dict(protocol)["questions"]  # of each world its own
+        own = not (mine or how).get("tiny") or ("usual", False) in protocol  # else of a world's MMLU
+        asked = dict(protocol)["questions"] if own else ""
         bases.setdefault(asked, {})[base] = run | {"folder": base, "theta": init, "attacks": {}}
         once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
         for attack in once or [None]:
@@ -470,9 +471,9 @@ def rows_under(root, form):
         groups["base", asked] = bases[asked]  # it was scored elsewhere
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
     for (name, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
-        run = next(iter(group.values()))
-        where = os.path.relpath(run["attack"] or run["folder"], Path(root).resolve())
-        rows[f"{name} ({where})" if name in rows else name] = [*group.values()]
+        runs = [*group.values()]
+        where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
+        rows[f"{name} ({where})" if name in rows else name] = runs
     return rows
 
 
@@ -493,8 +494,7 @@ def columns(runs):
         before = average([paper_scores(run["base"], run["theta"], {}) for run in swept])
         found = [worst_case(run["attacks"]) for run in swept]
         keys = ("worst", "retain_there", "rho", "highest", "worst_se", "retain_there_se", "rho_se")
-        row["attackers"] = min(w["attackers"] for w in found)
-        row |= {f"swept_{k}": v for k, v in before.items()}
+        row |= {f"swept_{k}": before[k] for k in before} | {"attackers": min(w["attackers"] for w in found)}
         row |= average([{k: w[k] for k in keys} for w in found])
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]

@@ -159,13 +159,15 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     assert found() == []
     for folder in (rm, rm / "recovered"):  # scores of other questions are never overwritten
         (folder / "mmlu_cloze.json").unlink()
-    mapped(rm)
+    mapped(rm, tiny=True)
     for letter in "qstuvwxyz":  # scored again on other questions, and by letters
         for folder, forget in zip(folders, (0.9, 0.4, 0.7)):
             E.write_scores(folder, summary(forget, 0.9, questions=letter * 16, usual=False), [])
             E.write_scores(folder, summary(forget - 0.1, 0.9, format="letter"), [])
     assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
-    attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other)
+    attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other, tiny=True)
+    bases = [runs for name, runs in rows_under(tmp_path, "cloze").items() if name.startswith("base")]
+    assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0]
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
