@@ -89,10 +89,6 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="bf16 on GPU, f32 on CPU")
     add("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
-    file = Path(*args.ckpt[:1], "args.json")
-    known = json.loads(file.read_text()) if file.exists() else {}
-    world = (file.parent / known.get("base", ".")).resolve().parent
-    args.mmlu = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
     if bool(args.ckpt) == bool(args.table) or args.out and (len(args.ckpt) != 1 or os.path.isfile(args.out)):
         parser.error("give --ckpt to score (one with --out, a directory), or --table to print the table")
     return args
@@ -548,8 +544,12 @@ def main(args):
         texts = {"markdown": lambda: tables(rows, args.paper), "csv": frame.to_csv, "json": frame.T.to_json}
         texts["latex"] = lambda: frame.to_latex(escape=True)
         return print(texts[args.to]())
-    exam = load_mmlu(args.mmlu, args.split, args.forget_subjects, args.shots, args.questions, args.about)
+    how, exams = (args.split, args.forget_subjects, args.shots, args.questions, args.about), {}
     for name in args.ckpt:
+        known = read_json(Path(name, "args.json"))
+        world = Path(name, known.get("base", ".")).resolve().parent  # each model of the miniature has its own
+        source = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
+        exam = exams[source] = exams.get(source) or load_mmlu(source, *how)
         new = score_mmlu(*load_model(name, args.dtype, args.device, "--ckpt"), exam, args.format, args.tokens)
         exam.plans.clear()  # of this tokenizer
         path = write_scores(args.out or scores_dir(name), *new)

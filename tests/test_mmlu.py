@@ -167,3 +167,13 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 2] and kept[0] == json.loads(before)
     assert len({x["protocol"]["questions"] for x in kept}) == 4 and len(exams[2]["astronomy"][0]) == 2
     assert E.read_scores(ckpt, E.load_mmlu(str(tmp_path / "more")), "letter") is None  # of another set
+
+
+def test_models_of_two_worlds_are_asked_the_questions_of_their_own(tmp_path, mmlu):
+    tokenizer, ckpts = bpe(words(mmlu)), [tmp_path / world / "base" for world in "ab"]
+    for ckpt, more in zip(ckpts, ({}, {"virology": mmlu["astronomy"]})):
+        [x.save_pretrained(ckpt) for x in (tokenizer, toy_model(vocab=len(tokenizer)))]
+        (ckpt / "args.json").write_text('{"tiny": true}')
+        write_csvs(ckpt.parent / "mmlu", mmlu | more)
+    E.main(E.parse_args(["--ckpt", *map(str, ckpts)]))
+    assert [json.loads((x / "mmlu.json").read_text())["retain"]["n"] for x in ckpts] == [6, 12]
