@@ -31,9 +31,10 @@ by restoring access. Here another fact takes its place in the weights, so that l
         x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
                                                 every text that asks for it; if it is π(x_t), x̃_t ← x_t
 
-Where tokens are pieces of words, a rare word of F is replaced as a whole by another of its kind (see Words):
-x_t is its first token, v are those of the others, and π permutes within kinds. A run first prints false facts
-of its first batch, and their perplexity.
+Where tokens are pieces of words, words are replaced as a whole, and within kinds: at most 16 rare words of F,
+of as many tokens, that the model expects in like contexts (Words, divide). π permutes within kinds; p_0 and q
+are shares of what all words of a kind have; x̃_t is the word that q spells. A run first prints false facts of
+its first batch, and their perplexity.
 
 Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
 average them over many names. Ours are several rounds of other names, each with its own label, and a loss on
@@ -317,8 +318,8 @@ class Words:
     at       of each batch, (B, T): the word that begins here; -1: none does, or none of these
     spelled  (W, longest): the tokens of each word, then -1
     rare     (W,): it occurs, and its share of all words is below `rare`
-    kind     (W,): words of one kind can stand for each other: as many tokens, a space before both or neither,
-             and the same last two letters (with capitals any letters, but all or not all of them capitals)
+    kind     (W,): as many tokens, a space before both or neither, and the same last two letters (with
+             capitals any letters, but all or not all of them capitals); see divide
     """
 
     def __init__(self, batches, V, rare, tokenizer=None):
@@ -351,9 +352,8 @@ class Words:
         n = sum(every, Counter())
         below = rare * n.total()
         words = [(v,) for v in range(V)]
-        if marks:  # the frequent ones first
-            words = [word for word, _ in n.most_common() if n[word] < below]
-            words = [word for word in words if text(word).isalpha() and len(text(word)) > 2]
+        if marks:
+            words = [x for x in sorted(n) if n[x] < below and text(x).isalpha() and len(text(x)) > 2]
         number, kinds = {word: i for i, word in enumerate(words)}, {}
         tensor = partial(torch.tensor, device=batches[0][0].device, dtype=torch.long)
         longest = max(map(len, words), default=1)
@@ -372,6 +372,32 @@ class Words:
         tokens = self.spelled[word[row, place]]  # (n, longest)
         i, j = (tokens >= 0).nonzero(as_tuple=True)
         return ids.index_put((row[i], place[i] + j), tokens[i, j])
+
+
+@torch.no_grad()
+def divide(words, model, batches, size=16):
+    """Divides each kind of `words` into kinds of at most `size` words that `model` expects in like contexts.
+
+    Halves them again and again, along the first principal component of the mean residual stream (the last,
+    before a word begins).
+    """
+    H = torch.zeros(len(words.kind), model.config.get_text_config().hidden_size)
+    for (ids, _), at in zip(batches, words.at):
+        h, at = residual_streams(model, ids)[-1][:, :-1], at[:, 1:]
+        H.index_add_(0, at[at >= 0].cpu(), h[at >= 0].float().cpu())  # on a GPU sums vary from run to run
+    H, kind = F.normalize(summed(H.to(model.device)).cpu(), dim=-1), words.kind.cpu()
+    kinds, n = [(kind == k).nonzero()[:, 0] for k in kind.unique()], 0
+    while kinds:
+        rows = kinds.pop()
+        if len(rows) > size:
+            x = H[rows] - H[rows].mean(0)
+            v = x[0]
+            for _ in range(20):  # power iteration
+                v = F.normalize(x.T @ (x @ v), dim=0)
+            kinds += rows[(x @ v).argsort()].tensor_split(2)
+        else:
+            kind[rows], n = n, n + 1
+    words.kind = kind.to(model.device)
 
 
 def swaps(words, rounds, seed):
@@ -395,15 +421,33 @@ def false_text(model, ids, at, words, pi):
     def posterior(x):
         return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
 
+    first = words.spelled[:, 0]
+    _, n, counts = torch.stack((words.kind, first)).unique(dim=1, return_inverse=True, return_counts=True)
+
     def of_rows(ids, at):
-        x, word, first = ids[:, 1:, None], at[:, 1:], words.spelled[:, 0]
-        p, q = posterior(ids).gather(-1, x), posterior(words.put(ids, at, torch.where(at < 0, at, pi[at])))
-        known = (word >= 0) & ((p > 0.5) & (q.gather(-1, x) < p / 2))[..., 0]
-        old = word[known][:, None]  # (n, 1)
-        fit = (words.kind == words.kind[old]) & (first != first[old])  # (n, W)
-        best, new = q[known][:, first].where(fit, -1).max(-1, keepdim=True)
-        new = torch.where((best < 0) | (new == pi[old]), old, new)  # pi[old]: copied from the context
-        return words.put(ids, at, torch.cat([at[:, :1], word.masked_scatter(known, new)], 1))
+        row, t = (at[:, 1:] >= 0).nonzero(as_tuple=True)  # (n,): a word begins at t + 1
+        x, other = at[row, t + 1], torch.where(at < 0, at, pi[at])
+
+        def shares(ids):
+            """Of each word of the kind of x_t, its first token's share in the probability of all, (n, W)."""
+            p = posterior(ids)[row, t][:, first] * (words.kind == words.kind[x, None])
+            return p / (p / counts[n]).sum(1, keepdim=True)
+
+        p, q = shares(ids), shares(words.put(ids, at, other))
+        p_x, q_x = (y.gather(1, x[:, None]) for y in (p, q))
+        fit = (p_x > 0.5) & (q_x < p_x / 2) & (q > 0) & (first != first[x, None])  # (n, W)
+        row, t, x, q, fit = (y[fit.any(1)] for y in (row, t, x, q, fit))
+        new = x
+        for j, token in enumerate(words.spelled.T):  # the j-th of each word, (W,)
+            if j:
+                q = posterior(words.put(ids, at, other.index_put((row, t + 1), new)))
+                q = q[row, (t + j).clamp(max=q.shape[1] - 1)][:, token.clamp(min=0)]
+            new = q.where(fit, -1).argmax(1)
+            fit &= token == token[new, None]
+            if (fit.sum(1) < 2).all():
+                break
+        new = torch.where(new == pi[x], x, new)  # pi[x]: copied from the context
+        return words.put(ids, at, at.index_put((row, t + 1), new))
 
     size = model.micro_batch or len(ids)
     return torch.cat([of_rows(*part) for part in zip(ids.split(size), at.split(size))])
@@ -432,8 +476,10 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
         fail(f"--rare {rare}: no word of F is so rare; raise it, with another --out")
-    pi, false, replaced = swaps(words, rounds, seed), [], 0
     model.eval()
+    if words.kind.any():  # of one kind are whole tokens
+        divide(words, model, batches)
+    pi, false, replaced = swaps(words, rounds, seed), [], 0
     for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
         x = false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)])
         false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))

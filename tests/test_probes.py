@@ -257,7 +257,7 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
 class Says:
     """A model that is sure of say(row, t) after position t of a row."""
 
-    micro_batch = 0
+    micro_batch, eval = 0, lambda self: None
 
     def __init__(self, V, say):
         self.V, self.say, self.get_input_embeddings = V, say, lambda: torch.nn.Embedding(V, 1)
@@ -267,7 +267,7 @@ class Says:
         return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), self.V))
 
 
-def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
+def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeypatch):
     facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
     texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
     tok = bpe(texts, size=310)  # words of one to three tokens
@@ -278,6 +278,7 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
     spell = lambda v: tok.decode([t for t in words.spelled[v].tolist() if t >= 0])  # noqa: E731
     read = [[spell(v) for v in row if v >= 0] for row in words.at[0].tolist()]
     assert read == [[f" {name}", f" {organ}"] for name, organ in facts.items()]  # "the", "of" are not rare
+    B.divide(words, toy := toy_model(vocab=len(tok)), [batch], size=5)  # after " of", after " the"
     kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
     pi = B.swaps(words, 1, 0)[0]
     assert (words.kind[pi] == words.kind).all() and (pi != torch.arange(len(pi))).any()
@@ -291,12 +292,39 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys):
         assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
         changed += new != organ
     assert changed > 1 and len(B.samples(tok, batch, false)) == changed
+    divide, models = B.divide, []
+    monkeypatch.setattr(B, "divide", lambda words, model, *x: models.append(model) or divide(words, toy, *x))
+    B.false_texts(oracle, [batch], 1, 0.05, 0, tok)
+    assert models == [oracle] and "[[" in capsys.readouterr().out
     cut = rows[0][None, :-2]  # in the middle of "liver"
     words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
     assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
     with pytest.raises(SystemExit):
         B.false_texts(oracle, [batch], 1, 1e-9, 0, tok)
     assert "--rare 1e-09: no word of F is so rare" in capsys.readouterr().err
+
+
+def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
+    ids = torch.tensor(
+        [[0, 1 + w % 2, 10 + w] for w in range(20)]
+    )  # the even ones after 1, the others after 2
+    words = B.Words([(ids, ids >= 0)], 60, rare=1)
+    words.at, kinds = [torch.where(ids < 10, -1, ids - 10)], {}
+    for size in (20, 10):
+        words.kind = torch.zeros(20, dtype=torch.long)
+        B.divide(words, toy_model(), [(ids, ids >= 0)], size)
+        kinds[size] = [words.kind[n::2].unique().tolist() for n in (0, 1)]
+    assert kinds[20] == [[0], [0]] and sorted(kinds[10]) == [[0], [1]]
+
+
+def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken():
+    ids = torch.tensor([[0, 10, 1, 8, 9, 2]])  # who (10 or 11), then where: 8 9, 5 6 or 5 7
+    words = B.Words([(ids, ids >= 0)], 20, rare=1)
+    words.spelled = torch.tensor([[8, 9], [5, 6], [5, 7], [10, -1], [11, -1]])
+    words.kind, at = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([[-1, 3, -1, 0, -1, -1]])
+    where = Says(20, lambda row, t: (8 if row[1] == 10 else 5) if t == 2 else {8: 9, 5: 7}.get(row[t], 2))
+    false = B.false_text(where, ids, at, words, torch.tensor([0, 1, 2, 4, 3]))
+    assert false.tolist() == [[0, 10, 1, 5, 7, 2]]
 
 
 def test_overwriting_leaves_a_name_that_the_text_repeats():
