@@ -31,9 +31,9 @@ by restoring access. Here another fact takes its place in the weights, so that l
         x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
                                                 every text that asks for it; if it is π(x_t), x̃_t ← x_t
 
-Where tokens are pieces of words, words are replaced as a whole, and within kinds: at most 16 rare words of F,
-of as many tokens, that the model expects in like contexts (Words, divide). π permutes within kinds; p_0 and q
-are shares of what all words of a kind have; x̃_t is the word that q spells. A run first prints false facts of
+Where tokens are pieces of words, whole words are replaced, by others of their kind: at most 16 rare words of
+F, of as many tokens, that the model expects in like contexts (Words, divide). π permutes within kinds, p_0
+and q are shares of the probability of a kind, and q spells the false word. A run first prints false facts of
 its first batch, and their perplexity.
 
 Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
@@ -422,16 +422,17 @@ def false_text(model, ids, at, words, pi):
         return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
 
     first = words.spelled[:, 0]
-    _, n, counts = torch.stack((words.kind, first)).unique(dim=1, return_inverse=True, return_counts=True)
+    _, i, n = torch.stack((words.kind, first)).unique(dim=1, return_inverse=True, return_counts=True)
+    alike = n[i]  # (W,): words of its kind that begin with the same token
 
     def of_rows(ids, at):
         row, t = (at[:, 1:] >= 0).nonzero(as_tuple=True)  # (n,): a word begins at t + 1
         x, other = at[row, t + 1], torch.where(at < 0, at, pi[at])
 
         def shares(ids):
-            """Of each word of the kind of x_t, its first token's share in the probability of all, (n, W)."""
+            """p(first token) of each word of x_t's kind, as a share of that of all of them; else 0. (n, W)"""
             p = posterior(ids)[row, t][:, first] * (words.kind == words.kind[x, None])
-            return p / (p / counts[n]).sum(1, keepdim=True)
+            return p / (p / alike).sum(1, keepdim=True)
 
         p, q = shares(ids), shares(words.put(ids, at, other))
         p_x, q_x = (y.gather(1, x[:, None]) for y in (p, q))
