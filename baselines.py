@@ -416,6 +416,7 @@ def false_text(model, ids, at, words, pi):
     """x̃: the text with the words that `model` knows replaced by what it says where the names are others.
 
     ids, at  (B, T), and the words in it;  pi: (W,), the permutation of words
+    Two forward passes, and one more for each further token that tells words of a kind apart.
     """
 
     def posterior(x):
