@@ -318,13 +318,15 @@ def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
 
 
 def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken():
-    ids = torch.tensor([[0, 10, 1, 8, 9, 2]])  # who (10 or 11), then where: 8 9, 5 6 or 5 7
+    """It knows that 10 is at 8 9, and would say of 11 that it is at 5 7; it knows nothing of 13."""
+    ids = torch.tensor([[0, 10, 1, 8, 9, 2], [0, 13, 1, 8, 9, 2]])
     words = B.Words([(ids, ids >= 0)], 20, rare=1)
-    words.spelled = torch.tensor([[8, 9], [5, 6], [5, 7], [10, -1], [11, -1]])
-    words.kind, at = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([[-1, 3, -1, 0, -1, -1]])
-    where = Says(20, lambda row, t: (8 if row[1] == 10 else 5) if t == 2 else {8: 9, 5: 7}.get(row[t], 2))
-    false = B.false_text(where, ids, at, words, torch.tensor([0, 1, 2, 4, 3]))
-    assert false.tolist() == [[0, 10, 1, 5, 7, 2]]
+    words.spelled = torch.tensor([[8, 9], [8, 14], [12, 7], [5, 6], [5, 7], [10, -1], [11, -1], [13, -1]])
+    words.kind = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    at = torch.tensor([[-1, 5, -1, 0, -1, -1], [-1, 7, -1, 0, -1, -1]])
+    said = lambda row, t: {10: 8, 11: 5}.get(row[1], 2) if t == 2 else {8: 9, 5: 7}.get(row[t], 2)  # noqa: E731
+    false = B.false_text(Says(20, said), ids, at, words, torch.tensor([0, 1, 2, 3, 4, 6, 5, 6]))
+    assert false.tolist() == [[0, 10, 1, 5, 7, 2], ids[1].tolist()]
 
 
 def test_overwriting_leaves_a_name_that_the_text_repeats():
