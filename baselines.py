@@ -446,7 +446,7 @@ def false_text(model, ids, at, words, pi):
                 q = q[row, (t + j).clamp(max=q.shape[1] - 1)][:, token.clamp(min=0)]
             new = q.where(fit, -1).argmax(1)
             fit &= token == token[new, None]
-            if (fit.sum(1) < 2).all():
+            if not summed((fit.sum(1) > 1).sum()):  # on any rank: all take part in each pass
                 break
         new = torch.where(new == pi[x], x, new)  # pi[x]: copied from the context
         return words.put(ids, at, at.index_put((row, t + 1), new))

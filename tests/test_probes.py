@@ -317,16 +317,23 @@ def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
     assert kinds[20] == [[0], [0]] and sorted(kinds[10]) == [[0], [1]]
 
 
-def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken():
-    """It knows that 10 is at 8 9, and would say of 11 that it is at 5 7; it knows nothing of 13."""
+def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken(monkeypatch):
+    """It knows that 10 is at 8 9, and would say of 11 that it is at 5 7; it knows nothing of 13. Every rank
+    makes as many passes as the one that needs most: FSDP would wait for them."""
     ids = torch.tensor([[0, 10, 1, 8, 9, 2], [0, 13, 1, 8, 9, 2]])
     words = B.Words([(ids, ids >= 0)], 20, rare=1)
     words.spelled = torch.tensor([[8, 9], [8, 14], [12, 7], [5, 6], [5, 7], [10, -1], [11, -1], [13, -1]])
     words.kind = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
     at = torch.tensor([[-1, 5, -1, 0, -1, -1], [-1, 7, -1, 0, -1, -1]])
     said = lambda row, t: {10: 8, 11: 5}.get(row[1], 2) if t == 2 else {8: 9, 5: 7}.get(row[t], 2)  # noqa: E731
-    false = B.false_text(Says(20, said), ids, at, words, torch.tensor([0, 1, 2, 3, 4, 6, 5, 6]))
+    pi, passes = torch.tensor([0, 1, 2, 3, 4, 6, 5, 6]), []
+    false = B.false_text(Says(20, said), ids, at, words, pi)
     assert false.tolist() == [[0, 10, 1, 5, 7, 2], ids[1].tolist()]
+    counted = Says(20, lambda row, t: passes.append(t) or said(row, t))
+    for others in (0, 1):  # words of other ranks that are not yet told apart
+        monkeypatch.setattr(B, "summed", lambda x: x + others)
+        B.false_text(counted, ids[1:], at[1:], words, pi)
+    assert passes.count(0) == 2 + 3
 
 
 def test_overwriting_leaves_a_name_that_the_text_repeats():
