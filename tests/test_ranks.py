@@ -99,6 +99,28 @@ def test_micro_batches_hold_the_activations_of_their_rows():
     assert peaks[1] < peaks[0] / 6
 
 
+LATE = """
+import os, sys, torch, common
+from functools import partial
+alone = partial(common.dist.init_process_group, "gloo", rank=0, world_size=1)
+common.dist.init_process_group = lambda **_: alone(store=common.dist.HashStore())
+for _ in range(6):
+    if not (child := os.fork()):
+        common.connect(torch.device("cpu"))
+        held = common.dist.init_device_mesh("cpu", (1,)).get_group()
+        sys.setswitchinterval(100)  # of themselves, gloo's threads get the GIL when this one ends
+        for _ in range(100):
+            common.dist.all_reduce(torch.ones(3), async_op=True)
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_ends_after_the_threads_that_free_tensors():
+    """On a busy machine one that had done all its work aborted, and torchrun ended the others."""
+    subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, env=os.environ | {"WORLD_SIZE": "2"}, check=True)
+
+
 def test_rank_0_alone_reads_the_weights(both):
     reads = both[1]["reads"]
     assert reads[0] >= len(KINDS) and reads[1:] == [0]
