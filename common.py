@@ -206,6 +206,9 @@ class Run:
         args, self.name = self.args, name
         self.base = resolved(read_json(Path(name) / "args.json").get("base"), name) or name
         self.model, self.tokenizer = load_model(name, args.dtype, args.device, flag, meta=args.dry_run)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if args.tokens > (context or math.inf):
+            fail(f"--tokens {args.tokens}: {flag} {name} reads {context}; lower --tokens")
         as_on_gpu = args.dry_run and args.device != "cpu" and self.model.num_parameters() > 2e9
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
         if self.gpu and args.recompute_every:
@@ -239,7 +242,7 @@ class Run:
             self.live = LiveBytes([*self.model.parameters(), *self.model.buffers()]).__enter__()
             return
         self.state.mkdir(parents=True, exist_ok=True)
-        if not rank() and not lock(self.state / "lock"):
+        if summed(torch.tensor(float(not rank() and not lock(self.state / "lock")))):  # on all ranks
             fail(f"--out {self.out}: another process is writing there; choose another --out")
         marks = self.state.glob("*/.metadata")  # which is written last; half-deleted saves may have it
         last = max(marks, key=lambda file: file.stat().st_mtime, default=None)

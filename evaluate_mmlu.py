@@ -91,6 +91,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.ckpt) == bool(args.table) or args.out and (len(args.ckpt) != 1 or os.path.isfile(args.out)):
         parser.error("give --ckpt to score (one with --out, a directory), or --table to print the table")
+    if args.about and not args.questions:
+        parser.error("--about goes with --questions")
     return args
 # fmt: on
 
@@ -140,7 +142,7 @@ def read_rows(source, flag, config=None, split="test"):
         rows = read_table(source, flag, columns, config, split)
     for i, row in enumerate(rows):
         text, choices, answer = (row.get(c) for c in columns)
-        answer = dict(zip("ABCD", range(4))).get(answer, answer)
+        answer = dict(zip("ABCD0123", (0, 1, 2, 3) * 2)).get(answer, answer)
         whole = isinstance(choices, list) and [*map(type, [text, *choices])] == [str] * 5
         if not whole or not text.strip() or answer not in range(4):
             needs = "needs a question, four choices and an answer (0 to 3, A to D)"
@@ -279,10 +281,13 @@ def scores_file(folder, protocol):
 
 
 def read_scores(name, exam, form):
-    """(summary, answers) kept for a model, None if there are none by this protocol."""
+    """(summary, answers) kept for a model, None if there are none by this protocol, or if weights in its
+    directory are newer (by a minute, as copies and clones are written in any order)."""
     path = scores_file(scores_dir(name), protocol := exam.protocol(form))
-    summary, lines = read_json(path), path.with_suffix(".jsonl")
-    if summary.get("protocol") == protocol and lines.exists():
+    summary, lines, weights = read_json(path), path.with_suffix(".jsonl"), path.parent.glob("*.safetensors")
+    if summary.get("protocol") != protocol or not lines.exists():
+        return None
+    if all(file.stat().st_mtime < path.stat().st_mtime + 60 for file in weights):
         return summary, [json.loads(line) for line in lines.read_text().splitlines()]
 
 
@@ -444,7 +449,7 @@ def rows_under(root, form):
             attacks.setdefault((folder, (*own["protocol"].items(),)), [])
     for (folder, protocol), by in attacks.items():
         mine, how = read_json(folder / "args.json"), facts[by[0]] if by else {}
-        base = place(how["base"], by[0]) if by and "base" not in mine else place(mine.get("base"), folder)
+        base = place(how["base"], by[0]) if by else place(mine.get("base"), folder)
         name = title(mine) or (folder.name if base != folder else "Base" if by else "base")
         theta, init = (scored(x, protocol) for x in (folder, base))
         if not theta or not init:

@@ -100,7 +100,7 @@ class Multiple(argparse.Action):
                 value = getattr(args, self.dest) * float(value[:-1])
                 value = max(round(value), 1) if kind is int else value
             setattr(args, self.dest, kind(value))
-        except ValueError:
+        except (ValueError, OverflowError):
             parser.error(f"{option} {value}: needs a number, or a multiple such as 3x")
 
 
@@ -169,8 +169,10 @@ def parse_args(argv=None):
         parser.error(f"--shard {args.shard}: give i/n with i from 0 to n - 1")
     if args.search < 0 or args.only and args.search or not args.sweep and (args.only or args.shard != "0/1"):
         parser.error("--only and --shard go with --sweep, --only not with --search, which starts at 0")
-    if args.retain_mix not in (0, 1) and not 0 < round(args.batch * args.retain_mix) < args.batch:
+    if args.retain_mix not in (0, 1) and not 0.5 < args.batch * args.retain_mix < args.batch - 0.5:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
+    if args.about and not args.questions:
+        parser.error("--about goes with --questions")
     args.probe = None if args.dry_run else args.probe  # which holds less than training
     return args
 # fmt: on
@@ -185,8 +187,8 @@ from huggingface_hub import hf_hub_download
 
 from common import (
     LABELS, HostCopy, NotFinite, Optimizer, Run, all_steps, backward, barrier, check_finite, cleaned,
-    decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, read_json,
-    read_table, resolved, say, sum_gradients, whole, write_json,
+    decoder_layers, fail, generator, like, load_model, local, next_token_loss, no_log, ranks,
+    read_json, read_table, resolved, say, sum_gradients, whole, write_json,
 )  # fmt: skip
 from evaluate_mmlu import (
     FORGET, SIDES, TABLE, Exam, damaged, load_mmlu, markdown, paper_scores, plan, read_scores, read_states,
@@ -296,13 +298,16 @@ FORMS = {  # of the texts to train on: a column that tells the form, and how a r
 def load_texts(source, column=None):
     """[str] to train on, from column `column`, or from the first of FORMS that is there. camel-ai/biology on
     the hub is a flat zip of one-object JSON files."""
-    if source == "camel-ai/biology" and not os.path.exists(source):
-        source = hf_hub_download(source, "biology.zip", repo_type="dataset")
-    if source.endswith(".zip") and os.path.isfile(source):
-        with zipfile.ZipFile(source) as z:
-            rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
-    else:
-        rows = [*read_table(source, "--recovery", [column] if column else ())]
+    try:
+        if source == "camel-ai/biology" and not os.path.exists(source):
+            source = hf_hub_download(source, "biology.zip", repo_type="dataset")
+        if source.endswith(".zip") and os.path.isfile(source):
+            with zipfile.ZipFile(source) as z:
+                rows = [json.loads(z.read(name)) for name in sorted(z.namelist()) if name.endswith(".json")]
+        else:
+            rows = [*read_table(source, "--recovery", [column] if column else ())]
+    except Exception as error:  # the hub's, zipfile's, json's
+        fail(f"--recovery {source}: cannot be read ({type(error).__name__}: {str(error):.200})")
     kind = column or next((k for k in FORMS if rows and k in rows[0]), None)
     if not kind:
         have = ", ".join(rows[0]) if rows else "no rows"
@@ -412,11 +417,12 @@ def sweep(args, argv, load_exam):
     part, parts = map(int, args.shard.split("/"))
     flags = drawn(args.search) if args.search else {x: SWEEP[x] for x in args.only or SWEEP}
     chosen, out, first, failed, exam = [*flags][part::parts], Path(args.out), None, {}, load_exam()
+    every = SWEEP | drawn(1000)
     todo = [name for name in chosen if not (out / name / "args.json").exists()]
     if (out / "args.json").exists():
         fail(f"--out {out} is a run of its own; choose another --out")
     for folder in (path.parent for path in out.glob("*/args.json")):  # all enter one worst case
-        known, line = read_json(folder / "args.json"), flags.get(folder.name)
+        known, line = read_json(folder / "args.json"), every.get(folder.name)
         own = {} if line is None else vars(parse_args([*argv, *line.split(), "--out", folder]))
         was, now = settings(known, "micro_batch"), settings(known | {"arguments": own})
         other = [k for k, x in now.items() if was.get(k, x) != x]
@@ -441,11 +447,13 @@ def sweep(args, argv, load_exam):
             if run.stop:  # a signal that came after the last step
                 raise SystemExit(128 + run.stop)
         except (Exception, SystemExit) as error:  # memory, data, a kind of model: the others go on
-            if getattr(error, "code", 2) != 2 or first is None:  # a signal; no model
+            alone = ranks() > 1 and not isinstance(error, SystemExit | NotImplementedError)
+            if getattr(error, "code", 2) != 2 or first is None or alone:  # a signal; no model; others go on
                 raise
-            why = error.__cause__ if isinstance(error, SystemExit) else error
+            why = isinstance(error, SystemExit) and error.__cause__ or error
             failed[name] = f"{type(why).__name__}: {' '.join(str(why).split()):.150}"
             say(f"{name}: {failed[name]}")
+            del why  # and with its traceback the attack's optimizer
         theta.load()
         theta.wait()
         first.model.zero_grad()  # what an attack left would be added to the next one's
@@ -463,7 +471,10 @@ def main(args, argv=None):
         return sweep(args, sys.argv[1:] if argv is None else argv, load_exam)
     run = Run(args)
     run.load(args.ckpt, "--ckpt")
-    row = attack(args, run, None if args.dry_run else load_exam())
+    try:
+        row = attack(args, run, None if args.dry_run else load_exam())
+    except NotImplementedError as error:
+        fail(error)
     say("\n" + show_sweep({"this attack": read_states(args.out)}) + "\n")
     say(markdown({Path(args.ckpt).name: row | {"runs": 1, "hurt": row["damaged"]}}, TABLE))
     say(f"\nnext: python evaluate_mmlu.py --table {Path(args.out).parent} --format {args.format}")

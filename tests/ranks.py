@@ -127,6 +127,7 @@ if __name__ == "__main__":
     found["recover"], common.Run.save = status(A, *attack), late
     found["sweep"] = status(A, *attack, "--sweep", "--only", "8_bit", "4_bit")
     found["one_two"] = status(R, *RUN, "--out", folder / "one_two" / "out")
+    found["locked"] = status(R, *RUN, "--out", folder / "locked" / "out")
     common.Optimizer.step = blow
     for name in ("two_one", "nan"):
         found[name] = status(R, *RUN, "--out", folder / name / "out")

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from itertools import count
+from weakref import ref
 
 import pytest
 import torch
@@ -203,9 +204,10 @@ def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
         with pytest.raises(SystemExit):
             recover(out, f"--sweep --steps 1 --only paper 8_bit {more}", kind)
         assert says in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # though no attacker of its list is there
-        recover(tmp_path, "--search 1 --steps 1 --shots 2")
-    assert "paper was attacked with another --questions; choose" in capsys.readouterr().err
+    for flags in ("--search 1 --steps 2", "--sweep --only 8_bit --steps 2"):  # of another list
+        with pytest.raises(SystemExit):
+            recover(tmp_path, flags)
+        assert "paper was attacked with another --steps; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
 
 
@@ -218,12 +220,32 @@ def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, mo
         m.setattr(R, "finetune", full_disk)
         printed = recover(tmp_path, "--sweep --steps 2 --eval-every 1 --only paper")
     assert "failed: paper: ValueError: the disk is full" in printed and not finished(tmp_path)
+    held = []
+
+    def full_memory(model, *_, **__):
+        optimizer = R.Optimizer(model.parameters())
+        held.append((ref(optimizer), sum(x() is not None for x, _ in held)))
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as m:
+        m.setattr(R, "finetune", full_memory)
+        recover(tmp_path / "c", "--sweep --steps 2 --only paper mix lr_3x")
+        assert [alive for _, alive in held] == [0, 0, 0]
+        m.setattr(R, "ranks", lambda: 2)  # the others are in the middle of the attack
+        with pytest.raises(RuntimeError, match="out of memory"):
+            recover(tmp_path / "d", "--sweep --steps 2 --only paper mix")
     before = signal.getsignal(signal.SIGTERM)
     log, kill = R.Run.log, lambda: os.kill(os.getpid(), signal.SIGTERM)  # in the last step
     monkeypatch.setattr(R.Run, "log", lambda self, *x, **more: kill() or log(self, *x, **more))
     with pytest.raises(SystemExit, match="143"):
         recover(tmp_path / "b", "--sweep --steps 1 --only paper lr_3x")
     assert finished(tmp_path / "b") == {"paper"} and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_attack_that_does_not_fit_the_model_ends_with_one_line(recover, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recover(tmp_path / "a", "--steps 1 --lora 4", "gpt2")
+    assert "LoRA knows 0 of 8 matrices of GPT2LMHeadModel" in capsys.readouterr().err
 
 
 def test_a_search_is_of_attackers_that_differ():

@@ -40,6 +40,7 @@ TEXT = {  # name of a file: its text, encoding
     "empty.csv": ("", "ascii"),
     "commas.csv": ("text\nA, b and c\n", "ascii"),
     "data.tsv": ("text\na\n", "ascii"),
+    "page.zip": ("<html>", "ascii"),
 }
 NEEDS = "needs a question, four choices and an answer"
 BAD = {  # script: {flags (@: the folder of these files and of the checkpoints below): what the line says}
@@ -60,6 +61,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--out @text.txt": "text.txt: not empty, and no run was cut off there; choose another --out",
         "--out @mmlu": "mmlu: not empty, and no run was cut off there; choose another --out",
         "--model @nowhere": "--model @nowhere: no such directory; give a checkpoint directory or a hub name",
+        "--model @short": "--tokens 208: --model @short reads 32; lower --tokens",
         "--model ./nowhere": "--model ./nowhere: no such directory",
         "--model owner/absent": "gated? accept the licence on its page and run `hf auth login`",
         "--model @pickled": "--model @pickled: cannot be loaded (OSError: Error no file named",
@@ -87,9 +89,14 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--lr x": "--lr",
         "--lr nan": "0 < --lr",
         "--clip -1": "--clip -1.0: starts at 0",
+        "--steps infx": "--steps inf: needs a number, or a multiple such as 3x",
         "--retain-mix 2": "--retain-mix",
+        "--retain-mix nan": "--retain-mix",
+        "--about x": "--about goes with --questions",
         "--only mix": "--only and --shard go with --sweep",
         "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
+        "--recovery @page.zip": "--recovery @page.zip: cannot be read (BadZipFile",
+        "--recovery camel-ai/biology": "--recovery camel-ai/biology: cannot be read (LocalEntryNotFoundError",
         "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
         "--recovery @dolly.jsonl": "row 0: not of the form instruction (KeyError('output'));",
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
@@ -97,6 +104,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
     "evaluate_mmlu": {
         "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
         "--shots 6": "--shots: invalid choice: 6",
+        "--about x": "--about goes with --questions",
         "--table x": "give --ckpt to score (one with --out, a directory), or --table",
         "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
         "--mmlu @hub --split validation": "validation",

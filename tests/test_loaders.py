@@ -56,7 +56,7 @@ def test_questions_of_ones_own(tmp_path, name):
     for n, config in enumerate(("bio", "chem"), 2):  # as in a clone from the hub
         write(tmp_path / "wmdp" / config / "test-00000-of-00001.parquet", OWN[:n])
     if name == "q.csv":
-        (tmp_path / name).write_text("Which?,None,b,c,d,B\n" * 3)
+        (tmp_path / name).write_text("Which?,None,b,c,d,B\n" * 2 + "Which?,None,b,c,d,1\n")
     elif name[0] == "q":
         write(tmp_path / name, [row | {"answer": "B"} for row in OWN] if name == "q.jsonl" else OWN)
     mmlu = load_mmlu(WORLD / "mmlu", questions=f"{tmp_path}/{name}", about="this")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,10 @@ def test_scores_are_kept_for_the_same_questions_and_format(tmp_path, mmlu):
     assert [x["forget"]["n"] for x in kept] == [12, 6, 12, 2] and kept[0] == json.loads(before)
     assert len({x["protocol"]["questions"] for x in kept}) == 4 and len(exams[2]["astronomy"][0]) == 2
     assert E.read_scores(ckpt, E.load_mmlu(str(tmp_path / "more")), "letter") is None  # of another set
+    for seconds, there in ((30, True), (90, False)):  # a copy in another order; other weights
+        when = (ckpt / "mmlu.json").stat().st_mtime + seconds
+        os.utime(ckpt / "model.safetensors", (when, when))
+        assert bool(E.read_scores(ckpt, exams[0], "letter")) == there
 
 
 def test_models_of_two_worlds_are_asked_the_questions_of_their_own(tmp_path, mmlu):

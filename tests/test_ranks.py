@@ -49,6 +49,8 @@ def folder(tmp_path_factory):
         short.parent.mkdir(parents=True, exist_ok=True)
         short.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))
     cut_off("random_mapping", *ranks.RUN, "--out", folder / "one_two" / "out", at=5)
+    (folder / "locked" / "out" / "state").mkdir(parents=True)
+    common.lock(folder / "locked" / "out" / "state" / "lock")
     run = torchrun(ROOT / "tests" / "ranks.py", folder)
     (folder / "said.txt").write_text(run.communicate(timeout=600)[0])
     assert run.returncode == 0, (folder / "said.txt").read_text()[-3000:]
@@ -132,6 +134,11 @@ def test_a_nan_on_one_rank_ends_all_with_one_line_and_is_not_saved(folder, both)
     assert len(said) == 1 and "NaN or infinity at step 3 (weights);" in said[0]
     assert [x.name for x in (folder / "nan" / "out" / "state").glob("*-*")] == ["step-2"]
     assert not {"args.json", "model.safetensors"} & {x.name for x in (folder / "nan").rglob("*")}
+
+
+def test_where_another_process_writes_all_ranks_end(folder, both):
+    assert both[1]["locked"] == [2, 2]
+    assert "another process is writing there; choose another --out" in (folder / "said.txt").read_text()
 
 
 def test_an_attack_and_its_scores_do_not_depend_on_the_number_of_processes(folder, both):

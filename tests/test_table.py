@@ -40,11 +40,15 @@ def test_standard_errors_against_simulation():
         assert row[k + "_se"] == pytest.approx(statistics.stdev(x[k] for x in rows), rel=0.05)
 
 
+def base_of(folder):
+    return str(next((p / "base" for p in folder.parents if (p / "base").exists()), folder))
+
+
 def put(folder, command, forget, retain=0.9, protocol=(), **facts):
     """A finished run of a command, as the scripts write it, scored."""
     script, *flags = command.split()
-    base = str(next((p / "base" for p in folder.parents if (p / "base").exists()), folder))
     arguments = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))
+    base = base_of(folder)
     scores = summary(forget, retain, **dict(protocol))
     E.write_scores(folder, scores, [])
     own = dict(script=script, arguments=arguments, base=base, parent=base, protocol=scores["protocol"])
@@ -54,7 +58,7 @@ def put(folder, command, forget, retain=0.9, protocol=(), **facts):
 def attack(victim, *states, to="recovered", flags="", **facts):
     """Recovery, with what it logged: (forget, retain) by step, of two subjects of 20 questions."""
     command = f"recover.py --ckpt {victim} --base {victim} --format cloze {flags}"
-    put(victim / to, command, *states[-1], parent=str(victim), **facts)
+    put(victim / to, command, *states[-1], **dict(parent=str(victim), base=base_of(victim)) | facts)
     log = [{"phase": "step", "step": s, "loss": 3.0 - s / 100} for s in range(10, 50, 10)]
     for i, (forget, retain) in enumerate([(0.3, 0.9), *states]):
         right = dict.fromkeys("ab", "1" * round(20 * forget) + "0" * round(20 - 20 * forget))
@@ -169,6 +173,17 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     bases = [runs for name, runs in rows_under(tmp_path, "cloze").items() if name.startswith("base")]
     assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0]
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
+
+
+def test_the_base_of_a_row_is_the_one_that_the_attack_was_given(tmp_path):
+    base, rm = (world(tmp_path) / name for name in ("base", "rm"))
+    put(tmp_path / "elsewhere", "rmat.py", 0.8)
+    mapped(rm, base=str(tmp_path / "gone"))
+    assert "Random Mapping" not in rows_under(tmp_path, "cloze")
+    for other, forget in ((base, 1.0), (tmp_path / "elsewhere", 0.8)):
+        attack(rm, (0.5, 0.9), base=str(other))
+        (run,) = rows_under(tmp_path, "cloze")["Random Mapping"]
+        assert run["base"]["forget"]["acc"] == forget
 
 
 def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_called(tmp_path):
