@@ -73,6 +73,7 @@ LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line i
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -185,7 +186,7 @@ def npo_loss(log_p, n, log_p_ref, beta=0.1):
 def simnpo_loss(log_p, n, log_p_ref=None, beta=2.5, gamma=0.0):
     """-2/β log σ(-β/n log p - γ) of each text, (B,): SimNPO (Fan et al., 2024, Equation 4), without a
     reference."""
-    return -2 / beta * F.logsigmoid(-beta * log_p / n - gamma)
+    return -2 / beta * F.logsigmoid(-beta * log_p / n.clamp_min(1) - gamma)  # a text of one token: 0 / 1
 
 
 def max_entropy_loss(logits, targets=None):
@@ -218,9 +219,14 @@ def baseline(
     teacher         undo: the model from which both losses are the divergence
     steps, lr       optimizer steps; learning rate of the first, falling linearly to 0
     """
+
+    def reference(ids, mask):
+        parts = zip(*(x.split(model.micro_batch or len(ids)) for x in (ids, mask)))
+        return torch.cat([text_log_probs(model, *part)[0] for part in parts])
+
     opt = Optimizer(model.parameters())
     with torch.no_grad():  # by the model before training, on the texts to come: no second model
-        before = [text_log_probs(model, *forget[i])[0] for i in range(steps if method == "npo" else 0)]
+        before = [reference(*forget[i]) for i in range(steps if method == "npo" else 0)]
 
     def of_texts(model, ids, mask, *log_p_ref):
         return TEXT_LOSSES[method](*text_log_probs(model, ids, mask), *log_p_ref).mean()
@@ -309,11 +315,16 @@ def add_noise(model, noise, seed):
         local(W).lerp_(local(like(full.std() * drawn, W)), noise)
 
 
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: letters between spaces are a clause, not a word
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+
+
 class Words:
     """The words of `batches`, [(ids, mask)], (B, T), that can be exchanged, by number.
 
     Where `tokenizer` marks spaces: runs of three letters or more, with the space before them, whose share of
-    all words is below `rare`. Elsewhere, and without a tokenizer: all tokens, by their ids, and of one kind.
+    all words is below `rare`; not of scripts that write no spaces between words. Elsewhere, and without a
+    tokenizer: all tokens, by their ids, and of one kind.
 
     at       of each batch, (B, T): the word that begins here; -1: none does, or none of these
     spelled  (W, longest): the tokens of each word, then -1
@@ -328,20 +339,23 @@ class Words:
         marks = any(spaced)
         bare = [tokenizer.decode([v]).strip(" ") if marks else "" for v in range(V)]
 
+        def letters(x):
+            return x.replace("\ufffd", "a").isalpha()  # \ufffd: a token that is a part of a letter
+
         def cut(row):
             words = []
             for last, v in zip([None, *row], row):
-                if words and not spaced[v] and bare[v].isalpha() and (bare[last] or "a")[-1].isalpha():
+                if words and not spaced[v] and letters(bare[v]) and letters((bare[last] or "a")[-1]):
                     words[-1] += (v,)
                 else:
                     words.append((v,))
             return words[:-1] if marks else words  # the last may be cut off
 
         def text(word):
-            return "".join(bare[v] for v in word)
+            return tokenizer.decode(word).strip(" ") if marks else ""
 
         def kind(word):
-            ending = text(word)[-2:] if text(word).islower() else text(word).isupper()
+            ending = text(word)[-2:] if text(word) == text(word).lower() else text(word).isupper()
             return len(word), spaced[word[0]], ending
 
         texts = [[cut(ids[mask].tolist()) for ids, mask in zip(*batch)] for batch in batches]
@@ -354,6 +368,7 @@ class Words:
         words = [(v,) for v in range(V)]
         if marks:
             words = [x for x in sorted(n) if n[x] < below and text(x).isalpha() and len(text(x)) > 2]
+            words = [x for x in words if not UNSPACED.search(text(x))]
         number, kinds = {word: i for i, word in enumerate(words)}, {}
         tensor = partial(torch.tensor, device=batches[0][0].device, dtype=torch.long)
         longest = max(map(len, words), default=1)
@@ -477,7 +492,7 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
     """
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
-        fail(f"--rare {rare}: no word of F is so rare; raise it, with another --out")
+        fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, with another --out")
     model.eval()
     if words.kind.any():  # of one kind are whole tokens
         divide(words, model, batches)
@@ -487,10 +502,11 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
         false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))
         replaced = replaced + (x != ids).sum()
         if tokenizer and not i:
+            n = model.micro_batch or len(ids)
             with torch.no_grad():
-                first, now = (next_token_loss(model, y, mask).exp() for y in (ids, x))
+                first, now = (next_token_loss(model, y[:n], mask[:n]).exp() for y in (ids, x))
             say("\n".join(samples(tokenizer, batches[0], x)))
-            say(f"perplexity of the first batch {first:.2f}, of its false text {now:.2f}")
+            say(f"perplexity of the first {n} texts {first:.2f}, of their false text {now:.2f}")
     n = int(summed(replaced))
     if tokenizer and not n:
         fail(f"--rare {rare}: no word of F was replaced: too few are rare, or the model knows none of them")

@@ -606,6 +606,8 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
     except Exception as error:  # pyarrow's, the hub's, datasets', json's
         why = error.__cause__ or error
         fail(f"{flag} {source}: cannot be read ({type(why).__name__}: {str(why):.200})")
+    if not isinstance(first, dict):
+        fail(f'{flag} {source}: its rows have no names; write {{"text": "..."}} for each')
     if missing := [c for c in columns if c not in first]:
         fail(f"{flag} {source}: no column {', '.join(missing)}; it has {', '.join(first) or 'no rows'}")
     return chain([first] if first else [], rows)

@@ -41,6 +41,7 @@ TEXT = {  # name of a file: its text, encoding
     "commas.csv": ("text\nA, b and c\n", "ascii"),
     "data.tsv": ("text\na\n", "ascii"),
     "page.zip": ("<html>", "ascii"),
+    "list.json": ('["a", "b"]', "ascii"),
 }
 NEEDS = "needs a question, four choices and an answer"
 BAD = {  # script: {flags (@: the folder of these files and of the checkpoints below): what the line says}
@@ -81,6 +82,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--forget @commas.csv --retain @text.txt": "more cells than columns; quote texts with commas: b",
         "--forget @data.tsv --retain @text.txt": "none of .parquet, .csv, .jsonl, .zst, .json",
         "--forget @text.txt --retain @utf16.txt": "--retain @utf16.txt: cannot be read (UnicodeDecodeError",
+        "--forget @list.json --retain @text.txt": "--forget @list.json: its rows have no names; write",
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
         "--forget @two.csv --retain @text.txt": "these chunks have labels; give them as --data",
     },

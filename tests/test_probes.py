@@ -160,6 +160,7 @@ def test_npo_and_simnpo_closed_forms_and_limits():
     torch.testing.assert_close(loss.detach(), torch.full((2,), 2 / 2.5 * math.log1p(math.exp(-5))))
     loss.sum().backward()
     assert log_p.grad[1] == pytest.approx(4 * log_p.grad[0].item())  # the same mean, a fourth of the tokens
+    assert B.simnpo_loss(torch.zeros(1), torch.zeros(1)).isfinite()  # a text of one token
 
 
 def test_the_log_probability_of_a_text_is_the_sum_over_its_tokens():
@@ -299,9 +300,16 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeyp
     cut = rows[0][None, :-2]  # in the middle of "liver"
     words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
     assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
+    hebrew = " \u05e9\u05dc\u05d5\u05dd", " \u05e9\u05dc\u05d5\u05e0"
+    ids = torch.tensor([tok(f"we saw Москва and 细胞产生能量 or{''.join(hebrew)} there").input_ids])
+    words = B.Words(
+        [(ids, ids >= 0)], len(tok), rare=1, tokenizer=tok
+    )  # letters are bytes; a clause is no word
+    kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
+    assert kinds.keys() == {" saw", " Москва", " and", *hebrew} and kinds[hebrew[0]] != kinds[hebrew[1]]
     with pytest.raises(SystemExit):
         B.false_texts(oracle, [batch], 1, 1e-9, 0, tok)
-    assert "--rare 1e-09: no word of F is so rare" in capsys.readouterr().err
+    assert "--rare 1e-09: no word of F, between spaces, is so rare" in capsys.readouterr().err
 
 
 def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
