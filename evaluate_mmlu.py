@@ -6,8 +6,7 @@ choices: accuracy is the mean over subjects (15 of its 26 forget numbers fit no 
 standard protocol, to the character (lm-evaluation-harness: `mmlu`, `mmlu_continuation`):
 
     letter   "The following are multiple choice questions (with answers) about SUBJECT.", five dev questions
-             with their answers, the question with its options, "Answer:"; the largest of log p(" A") ..
-             log p(" D") is the answer
+             with answers, the question with its options, "Answer:"; the largest of log p(" A") .. (" D")
     cloze    the same without the options; the largest log p(" option's text") per character is the answer
 
 Writes mmlu.json and mmlu.jsonl (cloze: mmlu_cloze.*; other questions: mmlu.DIGEST.*) into the checkpoint
@@ -16,9 +15,8 @@ directory, or out/OWNER--MODEL for a name on the hub: accuracies, standard error
 
     Score_U = (F_init - F) + (R - R_init)    Score_R = F_init - F'    Composite = (Score_U + Score_R) / 2
 
-F, R: forget and retain accuracy in percent, of the base model (init), the unlearned one, and the attacked
-one ('). Runs that differ only in their seed, or in the miniature's world, are one row: mean and standard
-error over these runs. Where recover.py --sweep ran, the worst case follows.
+F, R: forget and retain accuracy in percent of base (init), unlearned and attacked model ('). Runs that differ
+only in seed or world are one row, mean and standard error. After recover.py --sweep the worst case follows.
 
     python evaluate_mmlu.py --ckpt tests/tiny/world0/base   # the miniature's base, on its own MMLU, 3 s
     python evaluate_mmlu.py --ckpt out/rmat out/mlac_ar     # any checkpoint directories or hub names
@@ -91,8 +89,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.ckpt) == bool(args.table) or args.out and (len(args.ckpt) != 1 or os.path.isfile(args.out)):
         parser.error("give --ckpt to score (one with --out, a directory), or --table to print the table")
-    if args.about and not args.questions:
-        parser.error("--about goes with --questions")
+    args.about and not args.questions and parser.error("--about goes with --questions")
     return args
 # fmt: on
 
@@ -281,14 +278,12 @@ def scores_file(folder, protocol):
 
 
 def read_scores(name, exam, form):
-    """(summary, answers) kept for a model, None if there are none by this protocol, or if weights in its
-    directory are newer (by a minute, as copies and clones are written in any order)."""
+    """(summary, answers) kept for a model, by this protocol and not over a minute older than its weights."""
     path = scores_file(scores_dir(name), protocol := exam.protocol(form))
-    summary, lines, weights = read_json(path), path.with_suffix(".jsonl"), path.parent.glob("*.safetensors")
-    if summary.get("protocol") != protocol or not lines.exists():
-        return None
-    if all(file.stat().st_mtime < path.stat().st_mtime + 60 for file in weights):
-        return summary, [json.loads(line) for line in lines.read_text().splitlines()]
+    summary, lines = read_json(path), path.with_suffix(".jsonl")
+    if summary.get("protocol") == protocol and lines.exists():
+        if all(x.stat().st_mtime < path.stat().st_mtime + 60 for x in path.parent.glob("*.safetensors")):
+            return summary, [json.loads(line) for line in lines.read_text().splitlines()]
 
 
 def write_scores(folder, summary, answers):

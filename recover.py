@@ -171,8 +171,7 @@ def parse_args(argv=None):
         parser.error("--only and --shard go with --sweep, --only not with --search, which starts at 0")
     if args.retain_mix not in (0, 1) and not 0.5 < args.batch * args.retain_mix < args.batch - 0.5:
         parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
-    if args.about and not args.questions:
-        parser.error("--about goes with --questions")
+    args.about and not args.questions and parser.error("--about goes with --questions")
     args.probe = None if args.dry_run else args.probe  # which holds less than training
     return args
 # fmt: on
