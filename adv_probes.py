@@ -224,7 +224,6 @@ def adv_probes(
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         end.requires_grad_(not freeze)
     opt = Optimizer(p for p in model.parameters() if p.requires_grad)
-    model.train()
     for i in steps_left(steps, *opt.moments, *own):
         ids, mask = forget[i - 1]
         H_f = residual_streams(model, ids)

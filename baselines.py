@@ -236,7 +236,6 @@ def baseline(
         return mean(token_losses(model, ids, mask, each), weight)
 
     keep = partial(divergence, teacher=teacher) if teacher else next_token_loss
-    model.train()
     for i in steps_left(steps, *opt.moments):
         (ids, mask, *weights), norms = forget[i - 1], []
         if method in TEXT_LOSSES:
@@ -276,7 +275,6 @@ def rmu(
         h = residual_streams(model, ids)[layer].float()
         return mean((h - target).square().mean(-1), mask)
 
-    model.train()
     for i in steps_left(steps, *opt.moments):
         (ids_f, mask_f), (ids_r, mask_r), norms = forget[i - 1], retain[i - 1], []
         loss_f = backward(model, distance, ids_f, mask_f, weight=mask_f, norms=norms)
@@ -493,7 +491,6 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
         fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, with another --out")
-    model.eval()
     if words.kind.any():  # of one kind are whole tokens
         divide(words, model, batches)
     pi, false, replaced = swaps(words, rounds, seed), [], 0

@@ -36,6 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, masking_utils
 
 
@@ -129,8 +130,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
     if lacking := [*info["missing_keys"], *unused]:
         what = f"config.json and weights differ in {len(lacking)} tensors ({min(lacking)}, ...)"
         fail(f"{flag} {name}: {what}; complete the download, or correct config.json")
-    without_dropout(model)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer  # and so it trains: dropout is not a function of (seed, step)
 
 
 def decoder_layers(model):
@@ -142,13 +142,10 @@ def decoder_layers(model):
     fail(f"{type(model).__name__}: no list of {depth} decoder layers; use a decoder-only language model")
 
 
-def without_dropout(model):
-    """Switches dropout and router noise off, and says so: they do not depend on (seed, step) alone."""
-    for module in model.modules():
-        for name, x in [*vars(module).items()]:
-            if re.search("dropout|jitter|^p$", name) and type(x) is float and x:
-                setattr(module, name, 0.0)
-                say(f"{type(module).__name__}.{name} {x} is switched off")
+def recompute(model, every=1):
+    """From now on backward passes compute each `every`-th decoder layer again, and hold only its input."""
+    for layer in decoder_layers(model)[::every]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # flags that do not change the result
@@ -212,7 +209,7 @@ class Run:
         as_on_gpu = args.dry_run and args.device != "cpu" and self.model.num_parameters() > 2e9
         self.gpu = self.model.device.type == "cuda" or as_on_gpu
         if self.gpu and args.recompute_every:
-            self.model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
+            recompute(self.model, args.recompute_every)
         self.model.micro_batch = args.micro_batch
         self.size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return self.model

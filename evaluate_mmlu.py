@@ -225,14 +225,13 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
 
 @torch.no_grad()
 def score_mmlu(model, tokenizer, exam, form="letter", budget=None, preface=""):
-    """Scores a model on MMLU, in eval mode from then on. The result does not depend on batch, order or cache.
+    """Scores a model on MMLU. The result does not depend on batch, order or cache.
 
     exam    from load_mmlu
     form    "letter": log-probabilities of A to D; "cloze": of the options' texts, per character
     budget  tokens per batch, see score_rows; preface: text before every prompt
     Returns (summary, answers): mmlu.json's object, accuracies in 0..1, and mmlu.jsonl's, one per question.
     """
-    model.eval()
     answers = []
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for subject, (shots, questions) in tqdm(exam.items(), f"MMLU {form}", leave=False, disable=None):

@@ -120,7 +120,6 @@ def mlac_ar(
         if k == K:  # that was the last use of ω
             theta.load(p)
 
-    model.train()
     for i in steps_left(N, *opt.moments):
         *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
         phi, means = {}, torch.zeros(2, device=model.device)  # means over k, to be logged

@@ -118,7 +118,6 @@ def random_mapping(
     """
     opt = Optimizer(model.parameters())
     loss = partial(mapping_loss, r=random_targets(model, seed))
-    model.train()
     w = balancing_weight(model, balance, (loss, *forget[0]), (next_token_loss, *retain[0]))
     for i in steps_left(steps, *opt.moments):
         norms = []

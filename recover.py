@@ -257,7 +257,6 @@ def finetune(
     opt = Optimizer(params, optimizer, decay=weight_decay)
     parts = [(x, weight) for x, weight in ((texts, 1 - mix), (retain, mix)) if weight]
     for i in steps_left(steps, *opt.moments):
-        model.train()  # scoring, in `log`, ends in eval mode
         loss = sum(w * backward(model, next_token_loss, *x[i - 1], factor=w) for x, w in parts)
         check_finite(i, loss)
         sum_gradients(params)

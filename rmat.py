@@ -121,7 +121,6 @@ def random_mapping(
     """
     opt = Optimizer(model.parameters())
     loss = partial(mapping_loss, r=random_targets(model, seed))
-    model.train()
     w = balancing_weight(model, balance, (loss, *forget[0]), (next_token_loss, *retain[0]))
     for i in steps_left(steps, *opt.moments):
         norms = []
@@ -156,7 +155,6 @@ def mlac_ar(
         if k == K:  # that was the last use of ω
             theta.load(p)
 
-    model.train()
     for i in steps_left(N, *opt.moments):
         *x_f, x_heldout = zip(*(x.chunk(K + 1) for x in forget[i - 1]))
         phi, means = {}, torch.zeros(2, device=model.device)  # means over k, to be logged

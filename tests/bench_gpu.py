@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from adv_probes import adv_probes
 from baselines import baseline
-from common import next_token_loss, read_json, write_json
+from common import next_token_loss, read_json, recompute, write_json
 from evaluate_mmlu import Exam, score_mmlu
 from mlac_ar import mlac_ar
 from random_mapping import random_mapping
@@ -196,10 +196,10 @@ def main(args):
         with open(args.out, "a") as f:
             f.write(json.dumps(line) + "\n")
 
-    model = random_model(CONFIG, torch.bfloat16 if CUDA else torch.float32).train()
+    model = random_model(CONFIG, torch.bfloat16 if CUDA else torch.float32)
     model.micro_batch = BATCH  # the scripts' default, or no less than a batch
     if CUDA:
-        model.activation_checkpointing_enable({"use_reentrant": False}, args.recompute_every)
+        recompute(model, args.recompute_every)
     for name in [*METHODS][:2]:
         write(name, measure, name, model, args)
     write("evaluate_mmlu", scoring, model)

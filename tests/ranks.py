@@ -66,7 +66,7 @@ def load(folder):
     """A model; its folder's name says how it computes."""
     model, _ = common.load_model(str(folder), dtype="float32", device="cpu")
     if "checkpointing" in folder.name:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        common.recompute(model)
     model.micro_batch, model.folder = int("micro" in folder.name), folder
     return model
 

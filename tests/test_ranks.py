@@ -93,7 +93,7 @@ def test_micro_batches_and_checkpointing_change_nothing(both, case):
 def test_micro_batches_hold_the_activations_of_their_rows():
     peaks = {}
     for size in (0, 1):
-        model = toy_model(num_hidden_layers=6, intermediate_size=256).train()
+        model = toy_model(num_hidden_layers=6, intermediate_size=256)
         model.micro_batch = size
         with common.LiveBytes([*model.parameters()]) as live:
             common.backward(model, common.next_token_loss, *ranks.Rows(16, 64, full=True)[0])

@@ -145,7 +145,6 @@ def train(world, *, rounds=5, rest=0.05, names="rare", sets=1, gated=True, soft=
 
     opt = Optimizer(model.parameters())
     order = [alike([*map(len, texts)], batch, steps, seed, i) for i, texts in enumerate((forget, retain))]
-    model.train()
     for i in range(1, steps + 1):
         rows = [taught[(i - 1) * rounds // steps][j] for j in order[0][i - 1]]
         q, weight, before = (pad([row[n] for row in rows]) for n in range(3))
