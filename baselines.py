@@ -499,7 +499,7 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
         false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))
         replaced = replaced + (x != ids).sum()
         if tokenizer and not i:
-            n = model.micro_batch or len(ids)
+            n = min(model.micro_batch or len(ids), len(ids))
             with torch.no_grad():
                 first, now = (next_token_loss(model, y[:n], mask[:n]).exp() for y in (ids, x))
             say("\n".join(samples(tokenizer, batches[0], x)))

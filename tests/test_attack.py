@@ -15,7 +15,7 @@ from test_loaders import write
 from test_mmlu import words
 
 import recover as R
-from common import Optimizer, fail, next_token_loss
+from common import Optimizer, fail, next_token_loss, read_json, write_json
 from evaluate_mmlu import read_states, show_sweep, worst_case
 
 
@@ -209,6 +209,11 @@ def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
             recover(tmp_path, flags)
         assert "paper was attacked with another --steps; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
+    file = tmp_path / "paper/args.json"
+    write_json(file, read_json(file) | {"protocol": "of MMLU files that are no longer there"})
+    with pytest.raises(SystemExit):
+        recover(tmp_path, "--sweep --steps 1 --only 8_bit")
+    assert "paper was attacked with another --questions; choose" in capsys.readouterr().err
 
 
 def test_in_a_sweep_a_fault_is_no_nan_and_a_signal_ends_it(recover, tmp_path, monkeypatch):
