@@ -29,9 +29,9 @@ import json
 import math
 import os
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
 
 FORGET = ("high_school_biology", "college_biology")  # A.1; every other subject is of the retain set
 SIDES = ("forget", "retain")
@@ -417,11 +417,12 @@ def settings(facts, *free):
 
 
 def rows_under(root, form):
-    """{name: [run ..]} of everything scored under root; runs that differ only in seed or world are one row.
+    """{name: [run ..]} of what is attacked under root, or scored by MMLU's questions; runs that differ only
+    in seed or world are one row.
 
-    A run is {"folder", "attack", "base", "theta", "recovered", "attacks"}: the checkpoint's folder and its
-    Recovery's, summaries by one protocol, the third {} if it was not attacked, and {attacker: states} of its
-    sweeps. Of runs with the same seeds only the first counts.
+    A run is {"folder", "attack", "base", "theta", "recovered", "attacks", "flags"}: the checkpoint's folder
+    and its Recovery's, summaries by one protocol, the third {} if it was not attacked, and {attacker: states}
+    and flags of its sweeps. Of runs with the same seeds only the first counts.
     """
 
     def place(name, folder):
@@ -434,40 +435,47 @@ def rows_under(root, form):
     free = ("ckpt", "base", "seed", "eval_every", "micro_batch", "sweep")  # in the runs of a row
     groups, bases, rows, attacks = {}, {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
-    for folder, known in facts.items():  # {(victim, protocol): [attack ..]}
+    for folder, known in facts.items():  # {(victim, base, protocol): [attack ..]}
+        base = place(known.get("base"), folder)
         if known.get("script") == "recover.py":
             protocol = (*(known["protocol"] | {"format": form}).items(),)
             if known["protocol"]["format"] == form if known.get("attacker") else scored(folder, protocol):
-                attacks.setdefault((place(known["parent"], folder), protocol), []).append(folder)
+                attacks.setdefault((place(known["parent"], folder), base, protocol), []).append(folder)
         elif own := read_json(folder / FILES[form]):
-            attacks.setdefault((folder, (*own["protocol"].items(),)), [])
-    for (folder, protocol), by in attacks.items():
-        mine, how = read_json(folder / "args.json"), facts[by[0]] if by else {}
-        base = place(how["base"], by[0]) if by else place(mine.get("base"), folder)
-        name = title(mine) or (folder.name if base != folder else "Base" if by else "base")
+            attacks.setdefault((folder, base, (*own["protocol"].items(),)), [])
+    for (folder, base, protocol), by in attacks.items():
+        mine = read_json(folder / "args.json")
+        start = read_json(place(mine.get("parent"), folder) / "args.json")
+        name = f"{title(mine)} on {title(start)}" if title(start) else title(mine)
+        name = name or (folder.name if base != folder else "Base" if by else "base")
         theta, init = (scored(x, protocol) for x in (folder, base))
         if not theta or not init:
+            print(f"{folder}: not in the tables: score it and its base, {base}, alike", file=sys.stderr)
             continue
         run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
         swept = [x for x in by if facts[x].get("attacker")]
         several = len({x.parent for x in swept}) > 1
         run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
-        own = not (mine or how).get("tiny") or ("usual", False) in protocol  # else of a world's MMLU
+        run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in swept))
+        own = not (mine or facts[by[0]]).get("tiny") or ("usual", False) in protocol  # else of a world's MMLU
         asked = dict(protocol)["questions"] if own else ""
         bases.setdefault(asked, {})[base] = run | {"folder": base, "theta": init, "attacks": {}}
         once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
         for attack in once or [None]:
             attacked = {"attack": attack, "recovered": scored(attack, protocol)} if attack else {}
-            both = mine, facts.get(attack, {})
-            group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in both)), {})
-            seeds = (x.get("arguments", {}).get("seed") for x in both)
+            made = start, mine, facts.get(attack, {})
+            group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in made)), {})
+            seeds = (x.get("arguments", {}).get("seed") for x in made[1:])
             group.setdefault((base, *seeds, None if mine else folder), run | attacked)
     for asked in sorted(bases.keys() - {key[1] for key in groups if key[0] in ("Base", "base")}):
         groups["base", asked] = bases[asked]  # it was scored elsewhere
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
-    for (name, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
+    for (name, asked, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
         runs = [*group.values()]
         where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
+        if len({run["flags"] for run in runs} - {"[]"}) > 1:
+            print(f"{name}: its runs were swept by different attackers, or with other flags", file=sys.stderr)
+        where += f", {asked[:8] or 'usual'}" if len(bases) > 1 else ""
         rows[f"{name} ({where})" if name in rows else name] = runs
     return rows
 
@@ -476,20 +484,24 @@ def average(rows):
     """Mean and standard error over dicts of numbers; of a single one, its own errors, of its questions."""
     if len(rows) == 1:
         return rows[0]
-    mean = {k: fmean(row[k] for row in rows) for k in rows[0] if not k.endswith("_se")}
-    return mean | {f"{k}_se": stdev(row[k] for row in rows) / math.sqrt(len(rows)) for k in mean}
+    every = {k: [row[k] for row in rows] for k in rows[0] if not k.endswith("_se")}
+    errors = {f"{k}_se": np.std(x, ddof=1) / math.sqrt(len(x)) for k, x in every.items()}
+    return {k: np.mean(x) for k, x in every.items()} | errors
 
 
 def columns(runs):
-    """All numbers of a row: paper_scores, and worst_case where there were sweeps; mean over the runs."""
+    """All numbers of a row: paper_scores, and worst_case where there were sweeps; mean over the runs, and
+    before the attacks over the checkpoints."""
     each = [paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs]
+    before = {run["folder"]: paper_scores(run["base"], run["theta"], {}) for run in runs}
     pairs = [[{"retain": x[k] / 100} for k in ("retain", "retain_recovered")] for x in each if "score_r" in x]
-    row = average(each) | {"runs": len(runs), "hurt": sum(damaged(*pair) for pair in pairs)}
-    if swept := [run for run in runs if run["attacks"]]:
-        before = average([paper_scores(run["base"], run["theta"], {}) for run in swept])
-        found = [worst_case(run["attacks"]) for run in swept]
+    hurt = sum(damaged(*pair) for pair in pairs)
+    row = average(each) | average([*before.values()]) | {"runs": len(runs), "hurt": hurt}
+    if swept := {run["folder"]: run for run in runs if run["attacks"]}:
+        once = average([before[folder] for folder in swept])
+        found = [worst_case(run["attacks"]) for run in swept.values()]
         keys = ("worst", "retain_there", "rho", "highest", "worst_se", "retain_there_se", "rho_se")
-        row |= {f"swept_{k}": before[k] for k in before} | {"attackers": min(w["attackers"] for w in found)}
+        row |= {f"swept_{k}": once[k] for k in once} | {"attackers": min(w["attackers"] for w in found)}
         row |= average([{k: w[k] for k in keys} for w in found])
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]
@@ -548,9 +560,9 @@ def main(args):
         known = read_json(Path(name, "args.json"))
         world = Path(name, known.get("base", ".")).resolve().parent  # each model of the miniature has its own
         source = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
+        loaded = load_model(name, args.dtype, args.device, "--ckpt")
         exam = exams[source] = exams.get(source) or load_mmlu(source, *how)
-        new = score_mmlu(*load_model(name, args.dtype, args.device, "--ckpt"), exam, args.format, args.tokens)
-        exam.plans.clear()  # of this tokenizer
+        new = score_mmlu(*loaded, exam, args.format, args.tokens)
         path = write_scores(args.out or scores_dir(name), *new)
         say(f"{name} | {args.format} | {show_scores(new[0])} | {path}")
 

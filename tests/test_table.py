@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import math
 import statistics
 
 import pytest
@@ -171,7 +172,7 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
     attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other, tiny=True)
     bases = [runs for name, runs in rows_under(tmp_path, "cloze").items() if name.startswith("base")]
-    assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0]
+    assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0, 1.0]
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
@@ -196,6 +197,54 @@ def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_c
     E.write_scores(rm, summary(0.7, 0.6, questions="z" * 16), [])
     found = [run["theta"]["forget"]["acc"] for runs in rows_under(tmp_path, "cloze").values() for run in runs]
     assert sorted(found) == [0.25, 0.3, 0.6, 0.7, 1.0]  # the control; of either set run and base
+
+
+def test_a_checkpoint_that_was_attacked_with_two_bases_has_a_row_with_each(tmp_path):
+    """The first one without --base: as a base itself."""
+    E.write_scores(theirs := world(tmp_path) / "theirs", summary(0.3, 0.9), [])
+    attack(theirs, (0.4, 0.9), base=str(theirs))
+    attack(theirs, (0.6, 0.9), to="again")
+    found = columns(tmp_path)
+    assert [found[name]["forget_recovered"] for name in ("Base", "theirs")] == pytest.approx([40, 60])
+    assert found["theirs"]["score_u"] == pytest.approx(60) and found["Base"]["score_u"] == 0
+
+
+def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
+    rm, one = sweeps / "world0/rm", columns(sweeps / "world0")["Random Mapping"]
+    for seed in (1, 2):
+        attack(rm, (0.5 + seed / 10, 0.9), to=f"again{seed}", flags=f"--seed {seed}")
+    row = columns(sweeps / "world0")["Random Mapping"]
+    assert (
+        row["runs"] == 3 and row["forget_recovered"] == pytest.approx(60) and row["forget_recovered_se"] > 5
+    )
+    assert all(
+        row[k] == one[k] for k in one if k in E.WORST or k in ("forget", "forget_se", "worst_se", "swept")
+    )
+
+
+def test_sweeps_with_other_flags_and_missing_scores_are_said(sweeps, capsys):
+    attack(sweeps / "world1/rm", (0.7, 0.9), to="sweep/mix", attacker="mix", flags="--steps 9")
+    (sweeps / "world2/base/mmlu_cloze.json").unlink()
+    columns(sweeps)
+    shown = capsys.readouterr().err
+    assert "Random Mapping: its runs were swept by different attackers, or with other flags" in shown
+    assert "world2/rm: not in the tables: score it and its base" in shown and "control" not in shown
+
+
+def test_a_base_at_chance_has_no_share_to_find(sweeps):
+    for log in (sweeps / "world1/rm/sweep").glob("*/metrics.jsonl"):
+        log.write_text(log.read_text().replace('"base": 1.0', '"base": 0.25'))
+    row = columns(sweeps)["Random Mapping"]
+    assert math.isnan(row["rho"]) and row["worst"] == pytest.approx(65) and "nan" in E.tables(columns(sweeps))
+
+
+def test_a_method_on_anothers_result_is_named_so(tmp_path):
+    for i, rate in enumerate(("1e-3", "1e-2")):  # other settings of the first: another row
+        first = world(tmp_path, i) / "first"
+        put(first, f"random_mapping.py --lr {rate}", 0.5)
+        put(first.parent / "second", f"mlac_ar.py --model {first}", 0.3 + i / 10, parent=str(first))
+    names = "MLAC-AR on Random Mapping", "MLAC-AR on Random Mapping (world1/second)"
+    assert [columns(tmp_path)[name]["forget"] for name in names] == pytest.approx([30, 40])
 
 
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
