@@ -8,9 +8,8 @@ openchat-3.5:
     score = p(yes) / (p(yes) + p(no)) at the first position of the judge's answer;  label = score > 1/2
 
 Nothing is generated: one forward pass per chunk reads both probabilities, and the question, which comes
-before the chunk, is computed once for many chunks (the code that scores MMLU). A chunk cannot give orders:
-special tokens spelled out in it ("<|end_of_turn|>") are encoded as plain text, so it cannot end its own turn
-and answer.
+before the chunk, is computed once for many chunks. A chunk cannot give orders: special tokens spelled out in
+it ("<|end_of_turn|>") are encoded as plain text, so it cannot end its own turn and answer.
 
 Rows go to part-*.jsonl files of --rows rows each, written completely or not at all. If a run is cut off, at
 any moment, rerun the same command to resume; the output is byte-identical. The last file is summary.json.
@@ -227,9 +226,10 @@ class Parts:
         self.folder, kept = Path(folder), Path(folder) / "settings.json"
         self.stem = "part" if shard[1] == 1 else f"part-{shard[0]}-of-{shard[1]}"
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
+        if self.summary.exists() and "RANK" in os.environ:  # of torchrun: the other processes go on
+            raise SystemExit(say(f"--out {folder}: shard {shard[0]}/{shard[1]} is done"))
         if self.summary.exists() or self.folder.is_file():
-            what = "is a finished run" if self.summary.exists() else "is a file"
-            fail(f"--out {folder} {what}; choose another --out, or delete that first")
+            fail(f"--out {folder} is a finished run, or a file; choose another --out, or delete that first")
         if read_json(kept) not in ({}, settings):
             fail(f"--out {folder}: was begun with other settings (settings.json); choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -257,15 +257,14 @@ def label(args, chunks, score, parts):
     score   score(texts) -> (p(yes), p(yes or no)) of each
     parts   Parts
     """
-    most, each, labels, warned = args.max_chunks or math.inf, args.per_class or math.inf, parts.labels, False
+    most, each, labels = args.max_chunks or math.inf, args.per_class or math.inf, parts.labels
     first, start = sum(labels.values()), time.time()
     while (n := sum(labels.values())) < most and min(labels.values()) < each:
         if not (batch := list(islice(chunks, int(min(args.rows, most - n))))):
             return
         rows, scores = [], score([text for _, text, _, _ in batch])
         sure = sum(either for _, either in scores) / len(scores)
-        if sure < 0.1 and not warned:
-            warned = True
+        if sure < 0.1 and n == first:
             why = f"p(yes) + p(no) is {sure:.1e}, so labels mean little; does the judge think first?"
             print(f"WARNING: {why} Try another --question, or --no-chat", file=sys.stderr)
         for ((d, k), text, meta, _), (p, _) in zip(batch, scores):
@@ -282,7 +281,7 @@ def label(args, chunks, score, parts):
 
 
 def main(args):
-    kept = ("pile", "judge", "tokenizer", "concept", "question", "chat", "tokens", "rows", "dtype")
+    kept = ("pile", "judge", "tokenizer", "concept", "question", "chat", "tokens", "rows", "dtype", "prompt")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
     shard = args.shard[0] + args.shard[1] * rank, args.shard[1] * ranks  # torchrun: each process works alone
     rows = read_table(args.pile, "--pile", ("text",), streaming=True)
@@ -291,7 +290,8 @@ def main(args):
         cutter = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else tokenizer
     except (OSError, ValueError) as error:
         fail(f"--tokenizer {args.tokenizer}: cannot be loaded ({str(error):.200}); give another")
-    head, tail = frame(tokenizer, args.question, args.concept, args.chat)
+    begun = read_json(Path(args.out, "settings.json")).get("prompt")  # templates may have the date
+    head, tail = args.prompt = begun or frame(tokenizer, args.question, args.concept, args.chat)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):
         fail(f"--tokens {args.tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")

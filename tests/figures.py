@@ -36,14 +36,15 @@ RECOVERED = dict(facecolor="#B5400A", label="after recovery")  # dark: apart wit
 
 def curves(runs, form, phase, key, factor=1):
     """Steps, means and standard errors of a value that the attacks on these runs logged, times `factor`, if
-    they scored by `form`."""
+    they scored by `form`; the steps that all of them logged."""
     values = {}
     for attack in [run["attack"] for run in runs]:
         scored = read_json(attack / "args.json")["arguments"]["format"] == form
         for line in (attack / "metrics.jsonl").read_text().splitlines() if scored else ():
             if (entry := json.loads(line))["phase"] == phase:
                 values.setdefault(entry["step"], []).append(factor * entry[key])
-    steps = sorted(values)
+    most = max(map(len, values.values()), default=0)
+    steps = sorted(step for step in values if len(values[step]) == most)
     errors = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in map(values.get, steps)]
     return steps, [statistics.mean(values[step]) for step in steps], errors
 
@@ -112,7 +113,8 @@ def figure_worst(swept, control, form):
     for axes, (name, runs) in zip(panels.flat, swept.items()):
         before = [100 * statistics.mean(run["theta"][x]["acc"] for run in runs) for x in ("retain", "forget")]
         if never := best(control):
-            inside = [y for x, y, _ in never if x >= 90] or [0]
+            own = 100 * statistics.mean(run["theta"]["retain"]["acc"] - LIMIT for run in control)
+            inside = [y for x, y, _ in never if x >= own] or [0]
             axes.axhspan(min(inside), max(inside), color="0.9", lw=0, label="never taught, without damage")
             axes.scatter(*[*zip(*never)][:2], s=7, c="0.6", lw=0, label="never taught")
         x, y, attacker = zip(*best(runs))

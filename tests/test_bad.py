@@ -127,7 +127,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--question why?": "--question needs {chunk} once, and text after it",
         "--tokenizer @nowhere": "--tokenizer @nowhere: ",
         "--out @begun": "--out @begun: was begun with other settings (settings.json); choose another --out",
-        "--out @finished": "--out @finished is a finished run; choose another --out",
+        "--out @finished": "--out @finished is a finished run, or a file; choose another --out",
         "--out @text.txt": "--out @text.txt",
     },
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,37 @@ def test_a_run_writes_rows_a_summary_and_progress_and_two_kills_leave_the_same_b
         assert killed.returncode == -signal.SIGKILL and not (out / "summary.json").exists()
         assert (len(files(out)), len(list(out.glob("part*.draft")))) == (parts, drafts)
     assert labelled(out, *most) == rows and files(out) == files(whole)
+
+
+def cut_off(out, stem):
+    """A copy of a folder as if the run of these parts had been killed after the first one."""
+    cut = shutil.copytree(out, out.parent / "cut")
+    for path in cut / f"{stem.replace('part', 'summary')}.json", *sorted(cut.glob(f"{stem}-?????.jsonl"))[1:]:
+        path.unlink()
+    return cut
+
+
+def test_of_torchrun_a_process_that_is_done_lets_the_others_go_on(tmp_path, monkeypatch):
+    def run(rank, out):
+        [monkeypatch.setenv(k, v) for k, v in (("RANK", rank), ("WORLD_SIZE", "2"))]
+        labelled(out, "--max-chunks", "60")
+
+    [run(rank, tmp_path / "whole") for rank in "01"]
+    cut = cut_off(tmp_path / "whole", "part-1-of-2")
+    with pytest.raises(SystemExit) as stop:
+        run("0", cut)
+    assert not stop.value.code and len(files(cut)) == 4
+    run("1", cut)
+    assert files(cut) == files(tmp_path / "whole") and len(files(cut)) == 6
+
+
+def test_a_run_goes_on_with_the_prompt_that_it_began_with(tmp_path, monkeypatch):
+    """Some templates have the date."""
+    labelled(tmp_path / "whole", "--max-chunks", "60")
+    cut = cut_off(tmp_path / "whole", "part")
+    monkeypatch.setattr(L, "frame", lambda *_: ("It is another day. ", " Yes or no?"))
+    labelled(cut, "--max-chunks", "60")
+    assert files(cut) == files(tmp_path / "whole") and len(files(cut)) == 3
 
 
 def test_per_class_stops_when_both_have_enough_and_shards_take_turns(tmp_path):

@@ -283,3 +283,5 @@ def test_figures_are_drawn(sweeps):
     runs = rows_under(sweeps, "cloze")["Random Mapping"][:2]
     steps, means, errors = figures.curves(runs, "cloze", "accuracy", "forget", 100)
     assert steps == [0, 20] and means == pytest.approx([30, 60]) and errors == pytest.approx([0, 10])
+    attack(sweeps / "world1/rm", (0.7, 0.9), (0.8, 0.9))  # a step that the other attack did not score
+    assert figures.curves(runs, "cloze", "accuracy", "forget", 100)[0] == steps
