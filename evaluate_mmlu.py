@@ -433,7 +433,7 @@ def rows_under(root, form):
         return next((x for x in found if x.get("protocol") == dict(protocol)), None)
 
     free = ("ckpt", "base", "seed", "eval_every", "micro_batch", "sweep")  # in the runs of a row
-    groups, bases, rows, attacks = {}, {}, {}, {}
+    groups, rows, attacks = {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     for folder, known in facts.items():  # {(victim, base, protocol): [attack ..]}
         base = place(known.get("base"), folder)
@@ -443,39 +443,38 @@ def rows_under(root, form):
                 attacks.setdefault((place(known["parent"], folder), base, protocol), []).append(folder)
         elif own := read_json(folder / FILES[form]):
             attacks.setdefault((folder, base, (*own["protocol"].items(),)), [])
+    for _, base, protocol in [*attacks]:  # a base has a row, too
+        attacks.setdefault((base, base, protocol), [])
     for (folder, base, protocol), by in attacks.items():
         mine = read_json(folder / "args.json")
         start = read_json(place(mine.get("parent"), folder) / "args.json")
-        name = f"{title(mine)} on {title(start)}" if title(start) else title(mine)
-        name = name or (folder.name if base != folder else "Base" if by else "base")
+        name = f"{title(mine)} on {title(start)}" if title(start) else title(mine) or folder.name
+        name = name if folder != base else "Base" if by else "base"
         theta, init = (scored(x, protocol) for x in (folder, base))
         if not theta or not init:
             print(f"{folder}: not in the tables: score it and its base, {base}, alike", file=sys.stderr)
             continue
-        run = {"folder": folder, "base": init, "theta": theta, "attack": None, "recovered": {}}
+        run = {"folder": folder, "base": init, "theta": theta}
         swept = [x for x in by if facts[x].get("attacker")]
         several = len({x.parent for x in swept}) > 1
         run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
         run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in swept))
-        own = not (mine or facts[by[0]]).get("tiny") or ("usual", False) in protocol  # else of a world's MMLU
-        asked = dict(protocol)["questions"] if own else ""
-        bases.setdefault(asked, {})[base] = run | {"folder": base, "theta": init, "attacks": {}}
+        worlds = any(x.get("tiny") for x in (mine, *map(facts.get, by))) and ("usual", False) not in protocol
+        asked = () if worlds else (dict(protocol)["questions"], str(base))  # worlds: each has its own
         once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
         for attack in once or [None]:
-            attacked = {"attack": attack, "recovered": scored(attack, protocol)} if attack else {}
+            attacked = {"attack": attack, "recovered": scored(attack, protocol) if attack else {}}
             made = start, mine, facts.get(attack, {})
             group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in made)), {})
             seeds = (x.get("arguments", {}).get("seed") for x in made[1:])
             group.setdefault((base, *seeds, None if mine else folder), run | attacked)
-    for asked in sorted(bases.keys() - {key[1] for key in groups if key[0] in ("Base", "base")}):
-        groups["base", asked] = bases[asked]  # it was scored elsewhere
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
     for (name, asked, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
         runs = [*group.values()]
         where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
+        where += f", {asked[0][:8]}" if asked and len({key[1][:1] for key in groups}) > 1 else ""
         if len({run["flags"] for run in runs} - {"[]"}) > 1:
             print(f"{name}: its runs were swept by different attackers, or with other flags", file=sys.stderr)
-        where += f", {asked[:8] or 'usual'}" if len(bases) > 1 else ""
         rows[f"{name} ({where})" if name in rows else name] = runs
     return rows
 
@@ -484,9 +483,8 @@ def average(rows):
     """Mean and standard error over dicts of numbers; of a single one, its own errors, of its questions."""
     if len(rows) == 1:
         return rows[0]
-    every = {k: [row[k] for row in rows] for k in rows[0] if not k.endswith("_se")}
-    errors = {f"{k}_se": np.std(x, ddof=1) / math.sqrt(len(x)) for k, x in every.items()}
-    return {k: np.mean(x) for k, x in every.items()} | errors
+    frame = pandas.DataFrame(rows)[[k for k in rows[0] if not k.endswith("_se")]]
+    return {**frame.mean(skipna=False), **frame.sem(skipna=False).add_suffix("_se")}
 
 
 def columns(runs):
@@ -495,8 +493,8 @@ def columns(runs):
     each = [paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs]
     before = {run["folder"]: paper_scores(run["base"], run["theta"], {}) for run in runs}
     pairs = [[{"retain": x[k] / 100} for k in ("retain", "retain_recovered")] for x in each if "score_r" in x]
-    hurt = sum(damaged(*pair) for pair in pairs)
-    row = average(each) | average([*before.values()]) | {"runs": len(runs), "hurt": hurt}
+    row = average(each) | average([*before.values()])
+    row |= {"runs": len(runs), "hurt": sum(damaged(*pair) for pair in pairs)}
     if swept := {run["folder"]: run for run in runs if run["attacks"]}:
         once = average([before[folder] for folder in swept])
         found = [worst_case(run["attacks"]) for run in swept.values()]
@@ -552,9 +550,8 @@ def main(args):
         if not rows:
             fail(f"--table {args.table}: no run scored by {args.format}; try another --format, or recover.py")
         frame = pandas.DataFrame(rows).T
-        texts = {"markdown": lambda: tables(rows, args.paper), "csv": frame.to_csv, "json": frame.T.to_json}
-        texts["latex"] = lambda: frame.to_latex(escape=True)
-        return print(texts[args.to]())
+        to = {"csv": frame.to_csv, "json": frame.T.to_json, "latex": lambda: frame.to_latex(escape=True)}
+        return print(to[args.to]() if args.to in to else tables(rows, args.paper))
     how, exams = (args.split, args.forget_subjects, args.shots, args.questions, args.about), {}
     for name in args.ckpt:
         known = read_json(Path(name, "args.json"))

@@ -52,7 +52,9 @@ def put(folder, command, forget, retain=0.9, protocol=(), **facts):
     base = base_of(folder)
     scores = summary(forget, retain, **dict(protocol))
     E.write_scores(folder, scores, [])
-    own = dict(script=script, arguments=arguments, base=base, parent=base, protocol=scores["protocol"])
+    own = dict(
+        script=script, arguments=arguments, base=base, parent=base, protocol=scores["protocol"], tiny=True
+    )
     (folder / "args.json").write_text(json.dumps(own | facts))
 
 
@@ -73,11 +75,11 @@ def mapped(folder, flags="", forget=0.3, **more):
     attack(folder, (0.5, 0.9), **more)
 
 
-def world(root, seed=0):
+def world(root, seed=0, **more):
     """The folder of a world with its base and its control."""
     for name, forget in (("base", 1.0), ("filtered", 0.25)):
         facts = dict(script="tests/tiny/train.py", arguments={"filtered": name == "filtered"})
-        put(root / f"world{seed}" / name, "rmat.py", forget, 1.0, **facts)
+        put(root / f"world{seed}" / name, "rmat.py", forget, 1.0, **facts | more)
     return root / f"world{seed}"
 
 
@@ -164,15 +166,15 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
     assert found() == []
     for folder in (rm, rm / "recovered"):  # scores of other questions are never overwritten
         (folder / "mmlu_cloze.json").unlink()
-    mapped(rm, tiny=True)
+    mapped(rm)
     for letter in "qstuvwxyz":  # scored again on other questions, and by letters
         for folder, forget in zip(folders, (0.9, 0.4, 0.7)):
             E.write_scores(folder, summary(forget, 0.9, questions=letter * 16, usual=False), [])
             E.write_scores(folder, summary(forget - 0.1, 0.9, format="letter"), [])
     assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
-    attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other, tiny=True)
+    attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other)
     bases = [runs for name, runs in rows_under(tmp_path, "cloze").items() if name.startswith("base")]
-    assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0, 1.0]
+    assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0]
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
 
 
@@ -188,10 +190,10 @@ def test_the_base_of_a_row_is_the_one_that_the_attack_was_given(tmp_path):
 
 
 def test_a_bases_scores_are_those_of_the_same_questions_whatever_their_file_is_called(tmp_path):
-    base, rm = world(tmp_path) / "base", world(tmp_path) / "rm"
+    base, rm = (world(tmp_path, tiny=False) / name for name in ("base", "rm"))
     (base / "mmlu_cloze.json").rename(base / "mmlu_cloze.12345678.json")  # first it was scored on all of MMLU
     E.write_scores(base, summary(0.6, 0.6, questions="z" * 16), [])
-    mapped(rm)
+    mapped(rm, tiny=False)
     assert rows_under(tmp_path, "cloze")["Random Mapping"][0]["base"]["forget"]["acc"] == 1.0
     (rm / "mmlu_cloze.json").rename(rm / "mmlu_cloze.12345678.json")  # and so was the run
     E.write_scores(rm, summary(0.7, 0.6, questions="z" * 16), [])
@@ -207,6 +209,13 @@ def test_a_checkpoint_that_was_attacked_with_two_bases_has_a_row_with_each(tmp_p
     found = columns(tmp_path)
     assert [found[name]["forget_recovered"] for name in ("Base", "theirs")] == pytest.approx([40, 60])
     assert found["theirs"]["score_u"] == pytest.approx(60) and found["Base"]["score_u"] == 0
+
+
+def test_bases_that_are_no_worlds_are_rows_of_their_own(tmp_path):
+    for name, forget in (("llama", 0.8), ("qwen", 0.6)):
+        put(tmp_path / name / "rm", "random_mapping.py", 0.3, tiny=False, base=str(tmp_path / name / "base"))
+        E.write_scores(tmp_path / name / "base", summary(forget, 0.9), [])
+    assert sorted(row["forget"] for row in columns(tmp_path).values()) == pytest.approx([30, 30, 60, 80])
 
 
 def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
