@@ -228,24 +228,19 @@ def baseline(
     with torch.no_grad():  # by the model before training, on the texts to come: no second model
         before = [reference(*forget[i]) for i in range(steps if method == "npo" else 0)]
 
-    def of_texts(model, ids, mask, *log_p_ref):
-        return TEXT_LOSSES[method](*text_log_probs(model, ids, mask), *log_p_ref).mean()
-
-    def of_tokens(model, ids, mask, weight):
+    def lose(model, ids, mask, *more):
+        if method in TEXT_LOSSES:
+            return TEXT_LOSSES[method](*text_log_probs(model, ids, mask), *more).mean()
         each = LOSSES.get(method, partial(F.cross_entropy, reduction="none"))
-        return mean(token_losses(model, ids, mask, each), weight)
+        return mean(token_losses(model, ids, mask, each), *more or [mask[:, 1:]])
 
     keep = partial(divergence, teacher=teacher) if teacher else next_token_loss
     for i in steps_left(steps, *opt.moments):
-        (ids, mask, *weights), norms = forget[i - 1], []
+        (ids, mask, *more), norms = forget[i - 1], []
+        weight = more[0] if more else None  # every token but the first weighs 1
         if method in TEXT_LOSSES:
-            each = torch.ones_like(ids[:, 0])
-            loss_f = backward(model, of_texts, ids, mask, *before[i - 1 : i], weight=each, norms=norms)
-        elif teacher:
-            loss_f = backward(model, keep, ids, mask, norms=norms)
-        else:
-            weight = weights[0] if weights else mask[:, 1:]
-            loss_f = backward(model, of_tokens, ids, mask, weight, weight=weight, norms=norms)
+            more, weight = before[i - 1 : i], torch.ones_like(ids[:, 0])
+        loss_f = backward(model, keep if teacher else lose, ids, mask, *more, weight=weight, norms=norms)
         loss_r = backward(model, keep, *retain[i - 1], norms=norms)
         check_finite(i, loss_f, loss_r)  # .grad = ∇(forget loss + retain loss)
         opt.step(i, lr * (1 - (i - 1) / steps), seed, "baseline", i)  # θ ← AdamW(θ, .grad)
