@@ -26,11 +26,14 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+import zstandard
+from pyarrow import parquet
 from torch.distributed.checkpoint import state_dict as full_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -529,14 +532,9 @@ def read_file(path):
     """Yields the rows of a file as dicts; of a .txt its paragraphs, as `text`. Unlike `datasets` it takes the
     path literally, and numbers or dates in strings stay strings."""
     if path.suffix == ".parquet":
-        from datasets import Dataset
-        from pyarrow import parquet
-
-        return (yield from named(Dataset(parquet.ParquetFile(path).read())))
+        return (yield from named(datasets.Dataset(parquet.ParquetFile(path).read())))
     with open(path, "rb") as f:
         if path.suffix == ".zst":
-            import zstandard
-
             f = zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True)
         f = io.TextIOWrapper(f, "utf-8-sig", newline="" if path.suffix == ".csv" else None)
         if path.suffix == ".csv":
@@ -570,8 +568,6 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
     split      of a dataset; in a folder: of the files SPLIT-* if there are any
     streaming  a hub's dataset is not downloaded first
     """
-    import datasets
-
     datasets.disable_progress_bars()
     path = Path(source)
     a_path = path.suffix in (*KINDS, ".zip") or source[:1] in "./~" or Path(path.parts[0]).exists()
