@@ -136,9 +136,10 @@ def test_a_nan_on_one_rank_ends_all_with_one_line_and_is_not_saved(folder, both)
     assert not {"args.json", "model.safetensors"} & {x.name for x in (folder / "nan").rglob("*")}
 
 
-def test_where_another_process_writes_all_ranks_end(folder, both):
+def test_where_another_process_writes_all_ranks_end_and_leave_it_alone(folder, both):
     assert both[1]["locked"] == [2, 2]
     assert "another process is writing there; choose another --out" in (folder / "said.txt").read_text()
+    assert [path.name for path in (folder / "locked" / "out").rglob("*")] == ["state", "lock"]
 
 
 def test_an_attack_and_its_scores_do_not_depend_on_the_number_of_processes(folder, both):

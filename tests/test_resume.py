@@ -1,7 +1,6 @@
 """A run that is cut off and continued by the same command ends bit-identical to one that was not, and what is
 there in between is never taken for a checkpoint."""
 
-import fcntl
 import os
 import re
 import signal
@@ -112,15 +111,6 @@ def test_with_other_arguments_it_refuses_and_names_the_flag(tmp_path, capsys):
         refused(capsys, "random_mapping", *flags, flag, value, says=f"was begun with another {flag};")
     refused(capsys, "recover", "--tiny", "--ckpt", tmp_path / "out", says="was cut off; rerun its command")
     call("random_mapping", *flags, "--log-every", 2, "--save-every", 0)  # these change nothing
-
-
-def test_an_out_in_use_is_left_alone(tmp_path, capsys):
-    """As are finished ones and those that are not ours, see test_bad.py."""
-    (tmp_path / "state").mkdir()
-    with open(tmp_path / "state" / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(capsys, "random_mapping", *SHORT, "--steps", 1, "--out", tmp_path, says="another process")
-    assert [path.name for path in tmp_path.rglob("*")] == ["state", "lock"]
 
 
 def test_only_whole_saves_count_and_a_full_disk_costs_no_more_than_a_save(tmp_path, monkeypatch, capsys):
