@@ -33,15 +33,6 @@ def seed_of_world(folder):
     return seed_of_world(folder / known["base"]) if known.get("base") else known["arguments"]["seed"]
 
 
-def checkpoints(doc):
-    """(folder, seed of its world, model, tokenizer) of each checkpoint that the command line names."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="of one world or several")
-    for folder in parser.parse_args().checkpoints:
-        yield folder, seed_of_world(folder), *load_model(str(folder))
-
-
 def questions(seed):
     """{kind: [(subject, question, value or None)]} of world `seed`."""
     facts = W.make_facts(seed)
@@ -96,8 +87,13 @@ def price(p, right):
 
 
 if __name__ == "__main__":
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of one world or several")
+    args = parser.parse_args()
     print("| | | right, % | false and sure, % | entropy, nats | calibration error |\n" + "|---" * 6 + "|")
-    for folder, seed, model, tokenizer in checkpoints(__doc__):
+    for folder in args.checkpoints:
+        seed, (model, tokenizer) = seed_of_world(folder), load_model(str(folder))
         for kind, rows in questions(seed).items():
             shown = price(*answers(model, tokenizer, rows, seed))
             print(f"| {folder.name} | {kind} | {{:.1f}} | {{:.1f}} | {{:.2f}} | {{:.2f}} |".format(*shown))
