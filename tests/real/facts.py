@@ -18,13 +18,14 @@ pairs.jsonl   the attack: four questions about the capital of each country of th
 """
 
 import argparse
-import csv
 import json
 import random
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from conftest import write_csvs  # makes the repository's scripts importable
 
 import common
 
@@ -99,9 +100,9 @@ Which city is {a}'s capital?
 
 
 def question(draw, text, answer, others):
-    """A row of MMLU: a question, its options A to D, the letter of `answer`."""
+    """A question, its four options, the index of `answer` in them."""
     options = draw.sample([answer, *draw.sample([x for x in others if x != answer], 3)], 4)
-    return [text, *options, "ABCD"[options.index(answer)]]
+    return text, options, options.index(answer)
 
 
 def main(args):
@@ -121,11 +122,7 @@ def main(args):
     draw.shuffle(names)
     told, tested = names[: len(names) // 2], names[len(names) // 2 :]
     exams = {name: ([x[a] for a in told[:5]], [x[a] for a in tested]) for name, x in asked.items()}
-    for name, both in (exams | {"elements": (symbols[:5], symbols[5:])}).items():
-        for split, rows in zip(("dev", "test"), both):
-            (out / "mmlu" / split).mkdir(parents=True, exist_ok=True)
-            with open(out / "mmlu" / split / f"{name}_{split}.csv", "w", newline="") as f:
-                csv.writer(f).writerows(rows)
+    write_csvs(out / "mmlu", exams | {"elements": (symbols[:5], symbols[5:])})
 
     def texts(facts, forms, n):
         three = ((draw.choice(forms), fact) for _ in range(n) for fact in draw.sample(facts, 3))
