@@ -195,19 +195,18 @@ def test_a_search_goes_on_with_more_attackers_and_a_sweep_takes_parts(recover, t
 
 def test_a_sweep_refuses_results_of_other_settings(recover, tmp_path, capsys):
     recover(tmp_path, "--sweep --steps 1 --only paper")
+    flags, other = "--sweep --steps 1 --only paper 8_bit", "paper was attacked with another"
     for out, more, kind, says in (
-        (tmp_path, "--shots 2", "llama", "paper was attacked with another --shots; choose"),
-        (tmp_path, "--clip 1", "llama", "paper was attacked with another --clip; choose"),
-        (tmp_path, "", "gpt2", "paper was attacked with another --ckpt; choose"),
-        (tmp_path / "paper", "", "llama", "is a run of its own; choose another --out"),
+        (tmp_path, f"{flags} --shots 2", "llama", f"{other} --shots; choose"),
+        (tmp_path, f"{flags} --clip 1", "llama", f"{other} --clip; choose"),
+        (tmp_path, flags, "gpt2", f"{other} --ckpt; choose"),
+        (tmp_path / "paper", flags, "llama", "is a run of its own; choose another --out"),
+        (tmp_path, "--search 1 --steps 2", "llama", f"{other} --steps; choose"),  # of another list
+        (tmp_path, "--sweep --only 8_bit --steps 2", "llama", f"{other} --steps; choose"),
     ):
         with pytest.raises(SystemExit):
-            recover(out, f"--sweep --steps 1 --only paper 8_bit {more}", kind)
+            recover(out, more, kind)
         assert says in capsys.readouterr().err
-    for flags in ("--search 1 --steps 2", "--sweep --only 8_bit --steps 2"):  # of another list
-        with pytest.raises(SystemExit):
-            recover(tmp_path, flags)
-        assert "paper was attacked with another --steps; choose" in capsys.readouterr().err
     assert "1 of them finished before" in recover(tmp_path, "--sweep --steps 1 --only paper --log-every 3")
     file = tmp_path / "paper/args.json"
     write_json(file, read_json(file) | {"protocol": "of MMLU files that are no longer there"})

@@ -302,9 +302,8 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeyp
     assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
     hebrew = " \u05e9\u05dc\u05d5\u05dd", " \u05e9\u05dc\u05d5\u05e0"
     ids = torch.tensor([tok(f"we saw Москва and 细胞产生能量 or{''.join(hebrew)} there").input_ids])
-    words = B.Words(
-        [(ids, ids >= 0)], len(tok), rare=1, tokenizer=tok
-    )  # letters are bytes; a clause is no word
+    # letters are bytes; a clause is no word
+    words = B.Words([(ids, ids >= 0)], len(tok), rare=1, tokenizer=tok)
     kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
     assert kinds.keys() == {" saw", " Москва", " and", *hebrew} and kinds[hebrew[0]] != kinds[hebrew[1]]
     with pytest.raises(SystemExit):
@@ -313,9 +312,7 @@ def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeyp
 
 
 def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
-    ids = torch.tensor(
-        [[0, 1 + w % 2, 10 + w] for w in range(20)]
-    )  # the even ones after 1, the others after 2
+    ids = torch.tensor([[0, 1 + w % 2, 10 + w] for w in range(20)])  # after 1 and after 2 in turn
     words = B.Words([(ids, ids >= 0)], 60, rare=1)
     words.at, kinds = [torch.where(ids < 10, -1, ids - 10)], {}
     for size in (20, 10):
