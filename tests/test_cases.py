@@ -143,13 +143,3 @@ FILES = {  # name: content
 def test_files_of_windows_and_blank_lines(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     assert texts_of(read_table(str(tmp_path / name), "--forget"), name, "--forget") == PARAGRAPHS
-
-
-def test_a_tokenizer_may_be_larger_than_the_embedding(tmp_path, mmlu):
-    tokenizer, model = bpe(WORDS), toy_model(vocab=300)
-    write_csvs(tmp_path / "mmlu", mmlu)
-    for name in "ab":
-        saved(tmp_path / name, model, tokenizer)
-        call("evaluate_mmlu", "--ckpt", tmp_path / name, "--mmlu", tmp_path / "mmlu")
-        tokenizer.add_tokens([f"<{i}>" for i in range(99)])
-    assert (tmp_path / "a" / "mmlu.jsonl").read_text() == (tmp_path / "b" / "mmlu.jsonl").read_text()
