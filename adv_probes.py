@@ -271,7 +271,7 @@ def main(args):
     run.begin(tokens=(2 if args.swd else 3) * args.batch * args.tokens)
     names = ("steps", "lr", "probe_steps", "probe_lr", "probe_width", "freeze", "weight", "seed")
     adv_probes(model, forget, retain, match, **{x: getattr(args, x) for x in names}, **run.phase())
-    run.save(data=args.data)
+    run.save()
     say(f"next: python recover.py --ckpt {args.out}")
 
 

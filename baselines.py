@@ -528,7 +528,7 @@ def main(args):
         random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, **more)
     more = dict(steps=args.steps - high, lr=args.lr, seed=args.seed, **run.phase(args.method))
     method(model, forget, retain, **own, **more)
-    run.save(data=args.data)
+    run.save()
     say(f"next: python recover.py --ckpt {args.out}")
 
 

@@ -351,12 +351,12 @@ class Run:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
 
-    def save(self, phase="", weights=True, facts=(), **paths):
+    def save(self, phase="", weights=True, **facts):
         """Writes weights and tokenizer as save_pretrained does, config.json last, and then args.json: it says
         that the checkpoint is complete. A dry run ends here.
 
         phase  name of a part of the run that is over: a checkpoint of its own, OUT/PHASE
-        facts, paths  what later stages need to know, beside what is listed below
+        facts  what later stages need to know, beside what is listed below
         """
         args, folder, draft, state_dict = self.args, self.out / phase, self.state / "draft", None
         if args.dry_run and not phase:
@@ -376,12 +376,13 @@ class Run:
             for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(folder / file.name)
             os.sync()
-        names = {"parent": self.name, "base": self.base, "retain": getattr(args, "retain", None)} | paths
+        own = {k: getattr(args, k) for k in ("base", "data", "retain", "recovery", "mmlu") if k in args}
+        names = {"parent": self.name, "base": self.base} | own
         names = {k: os.path.relpath(x, folder) if x and os.path.exists(x) else x for k, x in names.items()}
         device = torch.cuda.get_device_name() if self.gpu else platform.machine()
         barrier()  # every rank has looked for args.json
         write_json(folder / "args.json", {
-            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(args), **names, **dict(facts),
+            "script": Path(sys.argv[0]).name, "phase": phase, "arguments": vars(args), **names, **facts,
             "tiny": args.tiny, "device": f"{ranks()} x {device}", "dtype": str(self.model.dtype)[6:],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.time() - self.start, 1), "peak_bytes": peak_bytes(),

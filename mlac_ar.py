@@ -150,7 +150,7 @@ def main(args):
     run.begin(tokens=(2 * args.K + 1) * args.batch * args.tokens)
     chosen = dict(K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer)
     mlac_ar(model, forget, retain, **chosen, seed=args.seed, **run.phase())
-    run.save(data=args.data)
+    run.save()
     say(f"next: python recover.py --ckpt {args.out}")
 
 

@@ -136,7 +136,7 @@ def main(args):
     run.begin(tokens=2 * args.batch * args.tokens)
     chosen = dict(steps=args.steps, lr=args.lr, balance=args.balance, warmup=args.warmup, seed=args.seed)
     random_mapping(model, forget, retain, **chosen, **run.phase())
-    run.save(data=args.data)
+    run.save()
     say(f"next: python recover.py --ckpt {args.out}")
 
 

@@ -403,9 +403,7 @@ def attack(args, run, exam, attacker=None):
         last = {side: {"acc": states[-1][side], "se": states[-1][f"{side}_se"]} for side in SIDES}
         row = paper_scores(init, theta, last) | {"damaged": damaged(states[0], states[-1])}
         write_json(Path(args.out) / "scores.json", row)
-    paths = {x: getattr(args, x) for x in ("base", "data", "recovery", "mmlu")}
-    facts = {"attacker": attacker, "protocol": exam and exam.protocol(args.format)}
-    run.save(weights=not attacker, facts=facts, **paths)
+    run.save(weights=not attacker, attacker=attacker, protocol=exam and exam.protocol(args.format))
     return row
 
 

@@ -187,10 +187,10 @@ def main(args):
     if args.rm_steps:
         chosen = dict(steps=args.rm_steps, lr=args.rm_lr, balance=args.balance, warmup=args.warmup)
         random_mapping(model, forget, retain, **chosen, seed=args.seed, **run.phase("random_mapping"))
-        run.save("random_mapping", data=args.data)
+        run.save("random_mapping")
     chosen = dict(K=args.K, N=args.N, lr=args.lr, alpha=args.alpha, optimizer=args.optimizer)
     mlac_ar(model, forget_K, retain, **chosen, seed=args.seed, **run.phase("mlac_ar"))
-    run.save(data=args.data)
+    run.save()
     say(f"next: python recover.py --ckpt {args.out}")
 
 
