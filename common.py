@@ -594,8 +594,7 @@ def read_table(source, flag, columns=(), config=None, split="train", streaming=F
             others = [x for x in files if re.match("(train|dev|validation|test)[-.]", x.name)]
             if others and not found and path.is_dir():
                 fail(f"{flag} {source}: has no {split}-* files; complete it, or give one of its files")
-            files = found or files
-            rows = chain.from_iterable(map(read_file, files))
+            rows = chain.from_iterable(map(read_file, found or files))
         first = next(rows, {})
     except Exception as error:  # pyarrow's, the hub's, datasets', json's
         why = error.__cause__ or error
