@@ -3,7 +3,6 @@ methods of the field, and Overwriting, which is ours.
 
 Threat model: a defender releases the weights of an LLM that must not know the forget set F (biology) and
 must still know the retain set R. An adversary has the weights and fine-tunes them to get F back (recover.py).
-What most of these methods hide comes back; Overwriting replaces it.
 
     min_posterior   loss = - mean log(1 - p(x_t | x_<t)) on x_f  +  L(θ; x_r)
     max_entropy     loss = - mean entropy of p(. | x_<t) on x_f  +  L(θ; x_r)
@@ -190,10 +189,7 @@ def simnpo_loss(log_p, n, log_p_ref=None, beta=2.5, gamma=0.0):
 
 
 def max_entropy_loss(logits, targets=None):
-    """Minus the entropy of each next-token posterior, (n,) nats, from -log V (uniform) to 0 (3.3).
-
-    logits  (n, V) float32
-    """
+    """Minus the entropy of each next-token posterior, (n,) nats, from -log V (uniform) to 0 (3.3)."""
     log_p = logits.log_softmax(-1)
     return (log_p.exp() * log_p).sum(-1)
 
@@ -478,7 +474,6 @@ def samples(tokenizer, batch, false, n=20, around=12):
 def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05):
     """[(x̃, mask, weight)] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is.
 
-    rounds  sets of false facts, each for an equal part of the batches
     rare    share of F's words below which a word is rare; only these are permuted
     weight  (B, T - 1): 1 of the tokens that were replaced, `rest` of the others, 0 of pads
     With the model's tokenizer, see Words, some of the false text is shown.

@@ -29,8 +29,6 @@ subject, which questions were answered right (1).
     python recover.py --ckpt out/rmat          # the paper's attack, its row of Table 1  -> out/rmat/recovered
     python recover.py --ckpt out/rmat --sweep  # every attacker, and the worst case      -> out/rmat/sweep
     python recover.py --ckpt meta-llama/Llama-2-7b-chat-hf       # the table's first row, the attacked base
-
-A checkpoint of the miniature is attacked with the miniature's settings, as with --tiny (11 s on one core).
 """
 
 import argparse
