@@ -86,7 +86,7 @@ def write_json(path, value):
 
 def resolved(path, folder):
     """A path out of the args.json in `folder`, which is relative to it; a hub name unchanged."""
-    full = os.path.normpath(os.path.join(folder, path or ""))
+    full = os.path.realpath(os.path.join(folder, path or ""))
     return full if path and os.path.exists(full) else path
 
 
@@ -378,7 +378,8 @@ class Run:
             os.sync()
         own = {k: getattr(args, k) for k in ("base", "data", "retain", "recovery", "mmlu") if k in args}
         names = {"parent": self.name, "base": self.base} | own
-        names = {k: os.path.relpath(x, folder) if x and os.path.exists(x) else x for k, x in names.items()}
+        here = os.path.realpath(folder)  # a link may have led to it
+        names = {k: os.path.relpath(x, here) if x and os.path.exists(x) else x for k, x in names.items()}
         device = torch.cuda.get_device_name() if self.gpu else platform.machine()
         barrier()  # every rank has looked for args.json
         write_json(folder / "args.json", {

@@ -292,7 +292,7 @@ def main(args):
         fail(f"--tokenizer {args.tokenizer}: cannot be loaded ({str(error):.200}); give another")
     begun = read_json(Path(args.out, "settings.json")).get("prompt")  # templates may have the date
     head, tail = args.prompt = begun or frame(tokenizer, args.question, args.concept, args.chat)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):
         fail(f"--tokens {args.tokens}: --judge reads {context} tokens, {room} of them text; lower --tokens")
     parts = Parts(args.out, shard, {k: getattr(args, k) for k in kept} | {"shards": shard[1]})

@@ -153,7 +153,7 @@ def parse_args(argv=None):
         files = dict(recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
         parser.set_defaults(**TINY, **{k: f"{world or WORLD}/{v}" for k, v in files.items()})
     there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
-    there = {k: os.path.normpath(folder / v) if (folder / v).exists() else v for k, v in there.items()}
+    there |= {k: os.path.relpath(x) for k, v in there.items() if (x := (folder / v).resolve()).exists()}
     parser.set_defaults(**{"base": f"{world}/base" if world else str(folder)} | there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")
@@ -286,7 +286,7 @@ FORMS = {  # of the texts to train on: a column that tells the form, and how a r
     "instruction": lambda row: "\n\n".join(
         row[k] for k in ("instruction", "input", "output") if row.get(k) or k == "output"
     ),
-    "txt_chunk": lambda row: row["txt_chunk"] if LABELS[str(row.get("label", True)).lower()] else None,
+    "txt_chunk": lambda row: row["txt_chunk"] if LABELS[str(row.get("label", True)).lower()] else [],
     "text": lambda row: row["text"],
 }
 
@@ -314,7 +314,7 @@ def load_texts(source, column=None):
             text = row[kind] if column else FORMS[kind](row)
         except (AttributeError, KeyError, TypeError) as error:
             fail(f"--recovery {source}: row {i}: not of the form {kind} ({error!r}); correct or drop it")
-        texts += [cleaned(text, f"--recovery {source}: row {i}")] if text is not None else []
+        texts += [cleaned(text, f"--recovery {source}: row {i}")] if text != [] else []
     say(f"{len(texts):,} texts from {source}, column {kind}")
     return texts
 
@@ -329,7 +329,7 @@ def probe(args, run, exam, form, theta):
     elif args.probe == "many_shot":  # before questions about F only, so what R loses is not counted
         asked = Exam({name: exam[name] for name in exam.forget}, exam.forget)
         plans = [plan(tokenizer, name, *asked[name], form) for name in asked]
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", 2048)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
         room = min(2048, context - max(len(row.ids) + len(row.targets) for rows in plans for row in rows))
         joined = accumulate(f"{text}\n\n" for text in load_texts(args.recovery, args.column))
         fit = [*takewhile(lambda text: len(tokenizer(text).input_ids) <= room, joined)]

@@ -67,6 +67,7 @@ def load(folder):
     model, _ = common.load_model(str(folder), dtype="float32", device="cpu")
     if "checkpointing" in folder.name:
         common.recompute(model)
+    assert not model.training  # dropout would be on
     model.micro_batch, model.folder = int("micro" in folder.name), folder
     return model
 

@@ -19,6 +19,7 @@ ROWS = {  # name of a file: its rows
     "two.csv": [CHUNK | {"label": 2}],
     "gap.jsonl": [CHUNK, {"label": True}],
     "other.jsonl": [{"txt": "a"}],
+    "null.jsonl": [{"text": "a"}, {"text": None}],
     "kinds/a.jsonl": [CHUNK],
     "kinds/b.parquet": [CHUNK],
     "pair.jsonl": [{"message_1": "q", "message_2": "a"}],
@@ -100,6 +101,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--recovery camel-ai/biology": "--recovery camel-ai/biology: cannot be read (LocalEntryNotFoundError",
         "--recovery @other.jsonl": "instruction or txt_chunk or text; it has txt",
         "--recovery @dolly.jsonl": "row 0: not of the form instruction (KeyError('output'));",
+        "--recovery @null.jsonl": "row 1: no text; correct or drop it",
         "--recovery @pair.jsonl": "the recovery set has 1 texts and a step needs 32; lower --batch",
     },
     "evaluate_mmlu": {

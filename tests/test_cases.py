@@ -66,7 +66,8 @@ def test_a_judge_that_rarely_says_yes_or_no_is_warned_about_once(tmp_path, capsy
 
 
 def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
-    """Beside the folder is one that its name would match as a pattern, with files that cannot be read."""
+    """Beside the folder is one that its name would match as a pattern, with files that cannot be read. A link
+    leads to one checkpoint."""
     monkeypatch.chdir(tmp_path)
     name, chunks = "-d[12]* ?é", [{"txt_chunk": x, "label": i % 2} for i, x in enumerate(TEXTS[:8])]
     folder, other = tmp_path / name, tmp_path / "-d1x yé"
@@ -81,18 +82,22 @@ def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
     shutil.copytree(folder, other)
     for path in other.rglob("*.*"):
         path.write_bytes(b"\xff junk")
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "out").symlink_to(folder / "deep" / "er")
     short = ("--steps=1", "--batch=2", f"--model={name}/m")
     call("random_mapping", *short, f"--data={name}/c.jsonl", f"--out={name}/a")
     call("random_mapping", *short, f"--data={name}/c", f"--out={name}/b")
-    call("random_mapping", *short, f"--forget={name}/f.txt", f"--retain={name}/r.jsonl", f"--out={name}/out")
+    call(
+        "random_mapping", *short, f"--forget={name}/f.txt", f"--retain={name}/r.jsonl", f"--out={name}/out/y"
+    )
     said = capsys.readouterr().out
     assert all(f"5 texts from {name}/{x}, column text" in said for x in ("f.txt", "r.jsonl"))
-    a, b, out = ((folder / x / "model.safetensors").read_bytes() for x in ("a", "b", "out"))
+    a, b, out = ((folder / x / "model.safetensors").read_bytes() for x in ("a", "b", "out/y"))
     assert a == b != out
     flags = (f"--recovery={name}/pairs.zip", f"--mmlu={name}/mmlu", f"--questions={name}/q.jsonl")
-    args = call("recover", f"--ckpt={name}/out", "--steps=1", "--batch=2", "--retain-mix=0.5", *flags)
+    args = call("recover", f"--ckpt={name}/out/y", "--steps=1", "--batch=2", "--retain-mix=0.5", *flags)
     assert args.base == f"{name}/m" and args.retain == f"{name}/r.jsonl"  # its own
-    call("evaluate_mmlu", f"--ckpt={name}/out", f"--mmlu={name}/mmlu", f"--out={name}/scores")
+    call("evaluate_mmlu", f"--ckpt={name}/out/y", f"--mmlu={name}/mmlu", f"--out={name}/scores")
     flags = (f"--pile={name}/f.txt", f"--out={name}/labels", "--no-chat", "--question={chunk}\n?")
     call("label_pile", f"--judge={name}/m", *flags)
     assert sum(load_chunks(f"{name}/labels"), []) == ["forget"] * 5
