@@ -220,7 +220,7 @@ def plan(tokenizer, subject, shots, questions, form, preface=""):
     return rows
 
 
-# ---- scores --------------------------------------------------------------------------------------------
+# ---- scores and the worst case -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -324,9 +324,6 @@ def paper_scores(init, theta, recovered):
     return {k: x for name in names for k, x in zip((name, name + "_se"), row[name])}
 
 
-# ---- the worst case ------------------------------------------------------------------------------------
-
-
 def damaged(before, after):
     """Did an attack cost more than LIMIT of retain accuracy? A low forget accuracy is then no robustness."""
     return after["retain"] < before["retain"] - LIMIT - 1e-9
@@ -405,8 +402,7 @@ def title(facts):
     if script.endswith("train.py"):
         return CONTROL if a.get("filtered") else None
     own = facts.get("phase") or a.get("method") or script.removesuffix(".py")  # its row is named like it
-    names = {re.sub(r"\W", "", name).lower(): name for name in (*ROWS, *MORE)}
-    return names.get(own.replace("_", ""), own)
+    return {re.sub(r"\W", "", x).lower(): x for x in (*ROWS, *MORE)}.get(own.replace("_", ""), own)
 
 
 def settings(facts, *free):
@@ -450,11 +446,10 @@ def rows_under(root, form):
         start = read_json(place(mine.get("parent"), folder) / "args.json")
         name = f"{title(mine)} on {title(start)}" if title(start) else title(mine) or folder.name
         name = name if folder != base else "Base" if by else "base"
-        theta, init = (scored(x, protocol) for x in (folder, base))
-        if not theta or not init:
+        run = {"folder": folder, "base": scored(base, protocol), "theta": scored(folder, protocol)}
+        if not all(run.values()):
             print(f"{folder}: not in the tables: score it and its base, {base}, alike", file=sys.stderr)
             continue
-        run = {"folder": folder, "base": init, "theta": theta}
         swept = [x for x in by if facts[x].get("attacker")]
         several = len({x.parent for x in swept}) > 1
         run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
@@ -488,8 +483,7 @@ def average(rows):
 
 
 def columns(runs):
-    """All numbers of a row: paper_scores, and worst_case where there were sweeps; mean over the runs, and
-    before the attacks over the checkpoints."""
+    """All numbers of a row, paper_scores and worst_case: means over runs, before attacks over checkpoints."""
     each = [paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs]
     before = {run["folder"]: paper_scores(run["base"], run["theta"], {}) for run in runs}
     pairs = [[{"retain": x[k] / 100} for k in ("retain", "retain_recovered")] for x in each if "score_r" in x]
@@ -529,11 +523,9 @@ def tables(rows, paper=False):
     """Tables 1 and 2 and the worst case as Markdown, and the commands of the paper's missing rows."""
     best, text = "AdvProbes-5 (IDK, Frz.)", []
     second = {name: row for name, row in rows.items() if name.startswith("AdvProbes")}
-    first = {name: row for name, row in rows.items() if name not in second}
-    first |= {"Adversarial Probes": rows[best]} if best in rows else {}
-    first = {name: first[name] for name in sorted(first, key=["base", *ROWS, *MORE, *first].index)}
-    second = second if second.keys() - {best} else {}
-    for number, part in ((1, first), (2, second)):
+    first = rows | ({"Adversarial Probes": rows[best]} if best in rows else {})
+    first = {x: first[x] for x in sorted(first.keys() - second, key=["base", *ROWS, *MORE, *first].index)}
+    for number, part in ((1, first), (2, second if second.keys() - {best} else {})):
         missing = [row[1] for name, row in ROWS.items() if row[0] == number and name not in part]
         text += [f"Table {number}\n\n{markdown(part, TABLE, paper)}"] if part else []
         text += ["Rows of the paper that are missing: " + ", ".join(missing)] if missing and part else []
