@@ -480,7 +480,7 @@ def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05)
     """
     words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
     if not len(words.kind):
-        fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, with another --out")
+        fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, say to 0.01; another --out")
     if words.kind.any():  # of one kind are whole tokens
         divide(words, model, batches)
     pi, false, replaced = swaps(words, rounds, seed), [], 0
@@ -510,7 +510,7 @@ def main(args):
     if args.method == "rmu":
         method, own = rmu, dict(layer=args.layer, steer=args.steer, weight=args.weight)
         if args.layer >= (depth := len(decoder_layers(model))):
-            fail(f"--layer {args.layer}: the model has layers 0 to {depth - 1}; choose one of them")
+            fail(f"--layer {args.layer}: RMU trains it and two before; here it goes from 2 to {depth - 1}")
     run.begin(tokens=2 * args.batch * args.tokens)
     if args.method == "undo":  # here a dry run counts the teacher
         own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]

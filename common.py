@@ -196,7 +196,9 @@ class Run:
         begun, now = read_json(self.state / "run.json"), json.loads(json.dumps(vars(args)))
         if other := [k for k in now if begun and begun.get(k) != now[k] and k not in FREE]:
             flag = other[0].replace("_", "-")
-            fail(f"--out {self.out} was begun with another --{flag}; choose another --out")
+            fail(
+                f"--out {self.out} was begun with another --{flag}; choose another --out, or delete that one"
+            )
         if not begun and self.out.exists() and (self.out.is_file() or {*os.listdir(self.out)} - {"state"}):
             fail(f"--out {self.out}: not empty, and no run was cut off there; choose another --out")
 
@@ -227,6 +229,8 @@ class Run:
             ids = torch.empty(batch // ranks(), args.tokens, dtype=torch.int64, device="meta")
             return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
         if own := texts is None and getattr(args, purpose, None):
+            if getattr(args, "forget", None) == args.retain:
+                fail("--forget and --retain are the same texts; give others to keep")
             texts = texts_of(read_table(own, f"--{purpose}"), own, f"--{purpose}")
         elif texts is None:
             if hasattr(args, "forget") and (args.forget or args.retain):
@@ -403,10 +407,13 @@ class Run:
             say(f"{what:15}{size / 1e9:9.3f} GB")
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 1e9  # Python and torch
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
-        fits = peak + 1.5e9 <= gpu and HostCopy.reserved + self.size <= host if self.gpu else peak <= host
+        needs = [("host", HostCopy.reserved + self.size, host), ("GPU", peak + 1.5e9, gpu)]
+        needs = needs if self.gpu else [("host", peak, host)]
+        short = [f"{x / 1e9:.1f} GB of {what} memory, has {y / 1e9:.1f}" for what, x, y in needs if x > y]
         unknown = ", as far as host memory goes; there is no GPU here" if self.gpu and gpu == math.inf else ""
-        say(f"it fits{unknown}" if fits else "it does not fit here")
-        return int(not fits)
+        how = f"{str(self.model.dtype)[6:]}, as on a {'GPU' if self.gpu else 'CPU'}"
+        say(f"{how}: it does not fit here: needs {', '.join(short)}" if short else f"{how}: it fits{unknown}")
+        return int(bool(short))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -616,9 +623,11 @@ def cleaned(text, where):
 def texts_of(rows, source, flag):
     """[str], column txt_chunk or else text of rows that read_table read."""
     rows = [*rows]
-    if rows and {"txt_chunk", "label"} <= {*rows[0]}:
+    have = [*rows[0]] if rows else ["text"]
+    if {"txt_chunk", "label"} <= {*have}:
         fail(f"{flag} {source}: these chunks have labels; give them as --data")
-    column = "txt_chunk" if rows and "txt_chunk" in rows[0] else "text"
+    column = next((x for x in ("txt_chunk", "text") if x in have), None)
+    column or fail(f"{flag} {source}: no column text or txt_chunk; it has {', '.join(have)}")
     say(f"{len(rows):,} texts from {source}, column {column}")
     return [cleaned(row.get(column), f"{flag} {source}: row {i}: {column}") for i, row in enumerate(rows)]
 
@@ -653,7 +662,7 @@ class Stream:
 
     def __init__(self, texts, tokenizer, batch, tokens, seed, purpose, device):
         if len(texts) < batch:
-            fail(f"the {purpose} set has {len(texts)} texts and a step needs {batch}; lower --batch (or --K)")
+            fail(f"the {purpose} set has {len(texts)} texts and a step needs {batch}; lower --batch, or K")
         self.texts, self.tokenizer, self.batch, self.tokens = texts, tokenizer, batch, tokens
         self.key, self.device, self.bos = (seed, "order", purpose), device, bos(tokenizer)
         self.encode, self.order = cache(self.encode), cache(self.order)

@@ -166,7 +166,7 @@ def load_mmlu(source, split="test", forget=FORGET, shots=5, questions=None, abou
                 mmlu[name or Path(file).name.removesuffix(f"_{end}.csv")][place].append(question)
     names = {*mmlu} - {*forget} if questions else {*mmlu, *forget}
     if lacking := [name for name in sorted(names) if len(mmlu[name][0]) < shots or len(mmlu[name][1]) < 2]:
-        fail(f"--mmlu {source}: too few questions of {lacking[0]}; complete it, or lower --shots")
+        fail(f"--mmlu {source}: too few questions of {lacking[0]}; see --shots, --forget-subjects")
     if not names - {*forget}:
         fail(f"--mmlu {source}: no subject of the retain set; complete it")
     say(f"MMLU: {len(mmlu)} of the 57 subjects ({source})")
@@ -383,7 +383,7 @@ def show_sweep(attacks):
         text += f"{name:15}{found}{', DAMAGED at the end' if damaged(before, states[-1]) else ''}\n"
     w = worst_case(attacks)
     return text + f"""
-worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]}
+worst case of {w["attackers"]} attackers: {w["attack"]} at step {w["step"]} (0: the checkpoint itself)
     forget {w["worst"]:.1f} ± {w["worst_se"]:.1f} (cross-fitted)
     highest {w["highest"]:.1f}, retain accuracy there {w["retain_there"]:.1f}
     ρ {w["rho"]:.2f}, 95 % {w["rho_low"]:.2f} to {w["rho_high"]:.2f} (0: chance, 1: base; nan: base at chance)
@@ -417,8 +417,8 @@ def rows_under(root, form):
     in seed or world are one row.
 
     A run is {"folder", "attack", "base", "theta", "recovered", "attacks", "flags"}: the checkpoint's folder
-    and its Recovery's, summaries by one protocol, the third {} if it was not attacked, and {attacker: states}
-    and flags of its sweeps. Of runs with the same seeds only the first counts.
+    and its Recovery's, summaries by one protocol, the third {} if it was not attacked; if it was swept, all
+    attacks on it, {attacker: states}, and their flags. Of runs with the same seeds only the first counts.
     """
 
     def place(name, folder):
@@ -451,13 +451,13 @@ def rows_under(root, form):
             print(f"{folder}: not in the tables: score it and its base, {base}, alike", file=sys.stderr)
             continue
         swept = [x for x in by if facts[x].get("attacker")]
-        several = len({x.parent for x in swept}) > 1
-        run["attacks"] = {f"{x.parent.name}/{x.name}" if several else x.name: read_states(x) for x in swept}
-        run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in swept))
+        every = [x for x in by if swept and facts[x]["protocol"]["format"] == form]  # single ones count, too
+        run["attacks"] = {os.path.relpath(x, folder).removeprefix("sweep/"): read_states(x) for x in every}
+        run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in every))
         worlds = any(x.get("tiny") for x in (mine, *map(facts.get, by))) and ("usual", False) not in protocol
         asked = () if worlds else (dict(protocol)["questions"], str(base))  # worlds: each has its own
         once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
-        for attack in once or [None]:
+        for attack in sorted(once, key=lambda x: x.parent != folder) or [None]:  # CKPT/recovered first
             attacked = {"attack": attack, "recovered": scored(attack, protocol) if attack else {}}
             made = start, mine, facts.get(attack, {})
             group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in made)), {})
@@ -540,7 +540,9 @@ def main(args):
     if args.table:
         rows = {name: columns(runs) for name, runs in rows_under(args.table, args.format).items()}
         if not rows:
-            fail(f"--table {args.table}: no run scored by {args.format}; try another --format, or recover.py")
+            fail(
+                f"--table {args.table}: no run there scored by {args.format}; try another --format or folder"
+            )
         frame = pandas.DataFrame(rows).T
         to = {"csv": frame.to_csv, "json": frame.T.to_json, "latex": lambda: frame.to_latex(escape=True)}
         return print(to[args.to]() if args.to in to else tables(rows, args.paper))

@@ -166,9 +166,10 @@ def parse_args(argv=None):
     if not shard or not int(shard[1]) < int(shard[2]):
         parser.error(f"--shard {args.shard}: give i/n with i from 0 to n - 1")
     if args.search < 0 or args.only and args.search or not args.sweep and (args.only or args.shard != "0/1"):
-        parser.error("--only and --shard go with --sweep, --only not with --search, which starts at 0")
+        parser.error("--only and --shard need --sweep; --only does not go with --search, which starts at 0")
     if args.retain_mix not in (0, 1) and not 0.5 < args.batch * args.retain_mix < args.batch - 0.5:
-        parser.error(f"--retain-mix {args.retain_mix} of --batch {args.batch}: needs a text of either kind")
+        what = f"--retain-mix {args.retain_mix} of --batch {args.batch}"
+        parser.error(f"{what}: goes from 0 to 1, and needs a text of either kind")
     args.about and not args.questions and parser.error("--about goes with --questions")
     args.probe = None if args.dry_run else args.probe  # which holds less than training
     return args

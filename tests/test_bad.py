@@ -54,7 +54,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
     "adv_probes": {"--swd --match rand": "--swd has no probes and no match text; drop --match"},
     "baselines": {
         "--method x": "--method: invalid choice: 'x'",
-        "--method rmu --layer 6": "--layer 6: the model has layers 0 to 5",
+        "--method rmu --layer 6": "--layer 6: RMU trains it and two before; here it goes from 2 to 5",
     },
     "random_mapping": {
         "--batch 661": "the forget set has 660 texts and a step needs 661; lower --batch",
@@ -95,7 +95,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--retain-mix 2": "--retain-mix",
         "--retain-mix nan": "--retain-mix",
         "--about x": "--about goes with --questions",
-        "--only mix": "--only and --shard go with --sweep",
+        "--only mix": "--only and --shard need --sweep",
         "--recovery nowhere.zip": "--recovery nowhere.zip: no such file",
         "--recovery @page.zip": "--recovery @page.zip: cannot be read (BadZipFile",
         "--recovery camel-ai/biology": "--recovery camel-ai/biology: cannot be read (LocalEntryNotFoundError",
@@ -109,7 +109,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--shots 6": "--shots: invalid choice: 6",
         "--about x": "--about goes with --questions",
         "--table x": "give --ckpt to score (one with --out, a directory), or --table",
-        "--mmlu @empty": "too few questions of college_biology; complete it, or lower --shots",
+        "--mmlu @empty": "too few questions of college_biology; see --shots, --forget-subjects",
         "--mmlu @hub --split validation": "validation",
         "--forget-subjects astronomy college_biology high_school_biology": "no subject of the retain set",
         "--questions @wmdp": "--questions @wmdp: several data sets (bio, chem); give one of them",
@@ -122,7 +122,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--out @text.txt": "give --ckpt to score (one with --out, a directory)",
     },
     "label_pile": {
-        "--tokens 100000": "--tokens 100000: --judge reads 512 tokens, 499 of them text; lower --tokens",
+        "--tokens 100000": "--tokens 100000: --judge reads 512, 13 are --question's; lower one",
         "--shard 2/2": "--shard 2/2: give i/n with i from 0 to n - 1",
         "--question why?": "--question needs {chunk} once, and text after it",
         "--tokenizer @nowhere": "--tokenizer @nowhere: ",

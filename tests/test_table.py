@@ -219,6 +219,7 @@ def test_bases_that_are_no_worlds_are_rows_of_their_own(tmp_path):
 
 
 def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
+    """And those without a sweep count for its worst case."""
     rm, one = sweeps / "world0/rm", columns(sweeps / "world0")["Random Mapping"]
     for seed in (1, 2):
         attack(rm, (0.5 + seed / 10, 0.9), to=f"again{seed}", flags=f"--seed {seed}")
@@ -226,9 +227,10 @@ def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
     assert (
         row["runs"] == 3 and row["forget_recovered"] == pytest.approx(60) and row["forget_recovered_se"] > 5
     )
-    assert all(
-        row[k] == one[k] for k in one if k in E.WORST or k in ("forget", "forget_se", "worst_se", "swept")
-    )
+    keys = ("forget", "forget_se", "swept_forget", "retain", "score_u_se", "swept")
+    assert all(row[k] == one[k] for k in keys) and row["worst_se"] > 5
+    found = [(x["worst_attack"], x["worst"], x["attackers"]) for x in (one, row)]
+    assert found == [("mix", pytest.approx(60), 4), ("again2", pytest.approx(70), 6)]
 
 
 def test_sweeps_with_other_flags_and_missing_scores_are_said(sweeps, capsys):
@@ -241,7 +243,7 @@ def test_sweeps_with_other_flags_and_missing_scores_are_said(sweeps, capsys):
 
 
 def test_a_base_at_chance_has_no_share_to_find(sweeps):
-    for log in (sweeps / "world1/rm/sweep").glob("*/metrics.jsonl"):
+    for log in (sweeps / "world1/rm").rglob("metrics.jsonl"):
         log.write_text(log.read_text().replace('"base": 1.0', '"base": 0.25'))
     row = columns(sweeps)["Random Mapping"]
     assert math.isnan(row["rho"]) and row["worst"] == pytest.approx(65) and "nan" in E.tables(columns(sweeps))
@@ -264,7 +266,7 @@ def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps)
     for to, best in (("more/mix", 0.8), ("x/mix", 0.2)):  # elsewhere, and of the same name: counts too
         attack(sweeps / "world0/rm", (best, 0.9), to=sweeps / to, attacker="mix")
     assert columns(sweeps)["Random Mapping"]["worst"] == pytest.approx(75)
-    assert columns(sweeps)["Random Mapping"]["attackers"] == 3  # of the world with fewer
+    assert columns(sweeps)["Random Mapping"]["attackers"] == 4  # of the world with fewer
     E.write_scores(sweeps / "world2/rm/recovered", summary(0.4, 0.7), [])
     row = printed(columns(sweeps))["Table 1"]["Random Mapping"]
     assert row[-2].endswith("†") and row[-1] == "3" and "† in at least one run" in E.tables(columns(sweeps))
