@@ -297,10 +297,11 @@ def write_scores(folder, summary, answers):
 
 def show_scores(summary):
     """One line: forget and retain accuracy, percent ± standard error, and the shares of predicted letters."""
-    sides = [(side, summary[side]) for side in SIDES]
-    parts = [f"{side} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" for side, s in sides]
+    sides = (
+        f"{x} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" for x in SIDES for s in [summary[x]]
+    )
     letters = " ".join(f"{x} {100 * share:.0f}" for x, share in summary["letters"].items())
-    return " | ".join(parts) + f" | predicted % {letters}"
+    return " | ".join(sides) + f" | predicted % {letters}"
 
 
 def paper_scores(init, theta, recovered):
@@ -487,8 +488,7 @@ def columns(runs):
     each = [paper_scores(run["base"], run["theta"], run["recovered"]) for run in runs]
     before = {run["folder"]: paper_scores(run["base"], run["theta"], {}) for run in runs}
     pairs = [[{"retain": x[k] / 100} for k in ("retain", "retain_recovered")] for x in each if "score_r" in x]
-    row = average(each) | average([*before.values()])
-    row |= {"runs": len(runs), "hurt": sum(damaged(*pair) for pair in pairs)}
+    row = average(each) | average([*before.values()]) | {"hurt": sum(damaged(*pair) for pair in pairs)}
     if swept := {run["folder"]: run for run in runs if run["attacks"]}:
         once = average([before[folder] for folder in swept])
         found = [worst_case(run["attacks"]) for run in swept.values()]
@@ -498,7 +498,7 @@ def columns(runs):
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]
         row |= {"worst_attack": ", ".join(dict.fromkeys(w["attack"] for w in found)), "swept": len(found)}
-    return row
+    return row | {"runs": len(runs)}
 
 
 def markdown(rows, heads, paper=False):
@@ -540,9 +540,7 @@ def main(args):
     if args.table:
         rows = {name: columns(runs) for name, runs in rows_under(args.table, args.format).items()}
         if not rows:
-            fail(
-                f"--table {args.table}: no run there scored by {args.format}; try another --format or folder"
-            )
+            fail(f"--table {args.table}: no run there is scored by {args.format}; try another --format")
         frame = pandas.DataFrame(rows).T
         to = {"csv": frame.to_csv, "json": frame.T.to_json, "latex": lambda: frame.to_latex(escape=True)}
         return print(to[args.to]() if args.to in to else tables(rows, args.paper))
