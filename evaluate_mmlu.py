@@ -455,20 +455,20 @@ def rows_under(root, form):
         every = [x for x in by if swept and facts[x]["protocol"]["format"] == form]  # single ones count, too
         run["attacks"] = {os.path.relpath(x, folder).removeprefix("sweep/"): read_states(x) for x in every}
         run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in every))
-        worlds = any(x.get("tiny") for x in (mine, *map(facts.get, by))) and ("usual", False) not in protocol
-        asked = () if worlds else (dict(protocol)["questions"], str(base))  # worlds: each has its own
+        other, tiny = ("usual", False) in protocol, any(x.get("tiny") for x in (mine, *map(facts.get, by)))
+        asked = (other, dict(protocol)["questions"], str(base)) if other or not tiny else (False, "", "")
         once = [x for x in by if x not in swept] or [x for x in swept if facts[x]["attacker"] == "paper"]
-        for attack in sorted(once, key=lambda x: x.parent != folder) or [None]:  # CKPT/recovered first
+        for attack in sorted(once, key=lambda x: x != folder / "recovered") or [None]:  # that one first
             attacked = {"attack": attack, "recovered": scored(attack, protocol) if attack else {}}
             made = start, mine, facts.get(attack, {})
             group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in made)), {})
             seeds = (x.get("arguments", {}).get("seed") for x in made[1:])
             group.setdefault((base, *seeds, None if mine else folder), run | attacked)
-    order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}
-    for (name, asked, *_), group in sorted(groups.items(), key=lambda x: order.get(x[0][0], 99)):
+    order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}.get
+    for (name, asked, *_), group in sorted(groups.items(), key=lambda x: (order(x[0][0], 99), x[0][1][0])):
         runs = [*group.values()]
         where = os.path.relpath(runs[0]["attack"] or runs[0]["folder"], Path(root).resolve())
-        where += f", {asked[0][:8]}" if asked and len({key[1][:1] for key in groups}) > 1 else ""
+        where += f", {asked[1][:8]}" if asked[1] and len({key[1][1] for key in groups}) > 1 else ""
         if len({run["flags"] for run in runs} - {"[]"}) > 1:
             print(f"{name}: its runs were swept by different attackers, or with other flags", file=sys.stderr)
         rows[f"{name} ({where})" if name in rows else name] = runs

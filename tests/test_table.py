@@ -173,6 +173,7 @@ def test_scores_compare_only_if_they_are_of_the_same_questions_and_format(tmp_pa
             E.write_scores(folder, summary(forget - 0.1, 0.9, format="letter"), [])
     assert found() == [[1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
     attack(rm, (0.6, 0.9), to=tmp_path / "own", flags="--shots 2", protocol=other)
+    assert "Random Mapping (own, qqqqqqqq)" in rows_under(tmp_path, "cloze")
     bases = [runs for name, runs in rows_under(tmp_path, "cloze").items() if name.startswith("base")]
     assert sorted(run["theta"]["forget"]["acc"] for runs in bases for run in runs) == [0.9, 1.0]
     assert found() == [[0.9, 0.4, 0.6], [1.0, 0.3, 0.5]] and found("letter") == [[0.8, 0.3, 0.6]]
@@ -231,6 +232,13 @@ def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
     assert all(row[k] == one[k] for k in keys) and row["worst_se"] > 5
     found = [(x["worst_attack"], x["worst"], x["attackers"]) for x in (one, row)]
     assert found == [("mix", pytest.approx(60), 4), ("again2", pytest.approx(70), 6)]
+    attack(rm, (0.65, 0.9), to="early", flags="--lr 1e-4")  # a row of its own, and not the first one
+    attack(rm, (0.9, 0.9), to="letters", protocol={"format": "letter"})
+    E.write_scores(rm / "letters", summary(0.6, 0.9), [])  # its steps were scored by letters
+    rows = columns(sweeps / "world0")
+    assert rows["Random Mapping"]["forget_recovered"] == row["forget_recovered"]
+    assert rows["Random Mapping"]["attackers"] == 7 and rows["Random Mapping"]["worst"] == row["worst"]
+    assert rows["Random Mapping (rm/early)"]["forget_recovered"] == pytest.approx(65)
 
 
 def test_sweeps_with_other_flags_and_missing_scores_are_said(sweeps, capsys):
