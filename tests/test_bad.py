@@ -85,6 +85,8 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--forget @list.json --retain @text.txt": "--forget @list.json: its rows have no names; write",
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
         "--forget @two.csv --retain @text.txt": "these chunks have labels; give them as --data",
+        "--forget @other.jsonl --retain @text.txt": "@other.jsonl: no column text or txt_chunk; it has txt",
+        "--forget @text.txt --retain @text.txt": "--forget and --retain are the same texts; give others",
     },
     "recover": {
         "--base @nowhere": "--base @nowhere: no such directory",
@@ -106,6 +108,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
     },
     "evaluate_mmlu": {
         "--questions @nowhere.csv": "--questions @nowhere.csv: no such file",
+        "--ckpt @nowhere --mmlu @nothing": "--ckpt @nowhere: no such directory",
         "--shots 6": "--shots: invalid choice: 6",
         "--about x": "--about goes with --questions",
         "--table x": "give --ckpt to score (one with --out, a directory), or --table",

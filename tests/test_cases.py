@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from test_loaders import OWN, write
 from test_scripts import call, refused
 
-from common import load_chunks, read_table, texts_of
+from common import load_chunks, read_json, read_table, resolved, texts_of
 from evaluate_mmlu import read_rows
 
 WORDS = "moss fern otter comet river stone amber cedar pollen nerve cell lipid orbit plume".split()
@@ -97,6 +97,7 @@ def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
     flags = (f"--recovery={name}/pairs.zip", f"--mmlu={name}/mmlu", f"--questions={name}/q.jsonl")
     args = call("recover", f"--ckpt={name}/out/y", "--steps=1", "--batch=2", "--retain-mix=0.5", *flags)
     assert args.base == f"{name}/m" and args.retain == f"{name}/r.jsonl"  # its own
+    assert resolved(read_json(folder / "out/y/args.json")["base"], f"{name}/out/y") == str(folder / "m")
     call("evaluate_mmlu", f"--ckpt={name}/out/y", f"--mmlu={name}/mmlu", f"--out={name}/scores")
     flags = (f"--pile={name}/f.txt", f"--out={name}/labels", "--no-chat", "--question={chunk}\n?")
     call("label_pile", f"--judge={name}/m", *flags)
