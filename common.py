@@ -118,7 +118,7 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         gpu = device.type == "cuda" or meta and asked != "cpu" and model.num_parameters() > 2e9
         dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if gpu else "float32")
         if meta:
-            return model.to(dtype), None
+            return model.to(dtype).eval(), None
         tokenizer, options = AutoTokenizer.from_pretrained(name), dict(dtype=dtype, use_safetensors=True)
         info = {"missing_keys": (), "unexpected_keys": ()}
         if rank() == 0:  # the others get their shares of the weights from it

@@ -433,7 +433,7 @@ def rows_under(root, form):
     groups, rows, attacks = {}, {}, {}
     facts = {path.parent.resolve(): read_json(path) for path in sorted(Path(root).rglob("args.json"))}
     for folder, known in facts.items():  # {(victim, base, protocol): [attack ..]}
-        base = place(known.get("base"), folder)
+        base = place(known.get("base") or known.get("tiny") and "../base", folder)
         if known.get("script") == "recover.py":
             protocol = (*(known["protocol"] | {"format": form}).items(),)
             if known["protocol"]["format"] == form if known.get("attacker") else scored(folder, protocol):
@@ -444,7 +444,7 @@ def rows_under(root, form):
         attacks.setdefault((base, base, protocol), [])
     for (folder, base, protocol), by in attacks.items():
         mine = read_json(folder / "args.json")
-        start = read_json(place(mine.get("parent"), folder) / "args.json")
+        start = read_json(place(x, folder) / "args.json") if (x := mine.get("parent")) else {}
         name = f"{title(mine)} on {title(start)}" if title(start) else title(mine) or folder.name
         name = name if folder != base else "Base" if by else "base"
         run = {"folder": folder, "base": scored(base, protocol), "theta": scored(folder, protocol)}
@@ -453,7 +453,7 @@ def rows_under(root, form):
             continue
         swept = [x for x in by if facts[x].get("attacker")]
         every = [x for x in by if swept and facts[x]["protocol"]["format"] == form]  # single ones count, too
-        run["attacks"] = {os.path.relpath(x, folder).removeprefix("sweep/"): read_states(x) for x in every}
+        run["attacks"] = {os.path.relpath(x, folder): read_states(x) for x in every}
         run["flags"] = repr(sorted((x.name, repr(settings(facts[x], *free))) for x in every))
         other, tiny = ("usual", False) in protocol, any(x.get("tiny") for x in (mine, *map(facts.get, by)))
         asked = (other, dict(protocol)["questions"], str(base)) if other or not tiny else (False, "", "")
@@ -462,7 +462,7 @@ def rows_under(root, form):
             attacked = {"attack": attack, "recovered": scored(attack, protocol) if attack else {}}
             made = start, mine, facts.get(attack, {})
             group = groups.setdefault((name, asked, *(repr(settings(x, *free)) for x in made)), {})
-            seeds = (x.get("arguments", {}).get("seed") for x in made[1:])
+            seeds = (x.get("arguments", {}).get("seed") for x in made)
             group.setdefault((base, *seeds, None if mine else folder), run | attacked)
     order = {name: n for n, name in enumerate(("base", *ROWS, *MORE))}.get
     for (name, asked, *_), group in sorted(groups.items(), key=lambda x: (order(x[0][0], 99), x[0][1][0])):
@@ -497,8 +497,8 @@ def columns(runs):
         row |= average([{k: w[k] for k in keys} for w in found])
         reach = T95[min(len(found), len(T95)) - 1] * row["rho_se"]
         row |= {"rho_low": row["rho"] - reach, "rho_high": row["rho"] + reach} if len(found) > 1 else found[0]
-        row |= {"worst_attack": ", ".join(dict.fromkeys(w["attack"] for w in found)), "swept": len(found)}
-    return row | {"runs": len(runs)}
+        row["worst_attack"] = ", ".join({w["attack"].removeprefix("sweep/"): 0 for w in found})
+    return row | {"runs": len(runs), "swept": len(swept)}
 
 
 def markdown(rows, heads, paper=False):
@@ -531,7 +531,7 @@ def tables(rows, paper=False):
         text += ["Rows of the paper that are missing: " + ", ".join(missing)] if missing and part else []
     if swept := {name: row for name, row in rows.items() if "worst" in row}:
         text += [f"Worst case\n\n{markdown(swept, WORST)}"]
-    text.append("± is the standard error over the runs of a row; of a single run, that of its questions.")
+    text.append("± is the standard error over the runs of a row; of one run or checkpoint, of its questions.")
     text.append(f"† in at least one run, the attack cost over {100 * LIMIT:.0f} points of retain accuracy.")
     return "\n\n".join(text)
 
@@ -539,8 +539,7 @@ def tables(rows, paper=False):
 def main(args):
     if args.table:
         rows = {name: columns(runs) for name, runs in rows_under(args.table, args.format).items()}
-        if not rows:
-            fail(f"--table {args.table}: no run there is scored by {args.format}; try another --format")
+        rows or fail(f"--table {args.table}: no run there is scored by {args.format}; try another --format")
         frame = pandas.DataFrame(rows).T
         to = {"csv": frame.to_csv, "json": frame.T.to_json, "latex": lambda: frame.to_latex(escape=True)}
         return print(to[args.to]() if args.to in to else tables(rows, args.paper))
@@ -549,11 +548,12 @@ def main(args):
         known = read_json(Path(name, "args.json"))
         world = Path(name, known.get("base", ".")).resolve().parent  # each model of the miniature has its own
         source = args.mmlu or (f"{world}/mmlu" if known.get("tiny") else "cais/mmlu")
-        loaded = load_model(name, args.dtype, args.device, "--ckpt")
+        new = load_model(name, args.dtype, args.device, "--ckpt")
         exam = exams[source] = exams.get(source) or load_mmlu(source, *how)
-        new = score_mmlu(*loaded, exam, args.format, args.tokens)
-        path = write_scores(args.out or scores_dir(name), *new)
-        say(f"{name} | {args.format} | {show_scores(new[0])} | {path}")
+        new = score_mmlu(*new, exam, args.format, args.tokens)  # and the model is freed
+        exam.plans.clear()  # of this tokenizer
+        out = write_scores(args.out or scores_dir(name), *new)
+        say(f"{name} | {args.format} | {show_scores(new[0])} | {out}")
 
 
 if __name__ == "__main__":

@@ -226,12 +226,12 @@ class Parts:
         self.folder, kept = Path(folder), Path(folder) / "settings.json"
         self.stem = "part" if shard[1] == 1 else f"part-{shard[0]}-of-{shard[1]}"
         self.summary = self.folder / (self.stem.replace("part", "summary") + ".json")
+        if read_json(kept) not in ({}, settings):
+            fail(f"--out {folder}: was begun with other settings (settings.json); choose another --out")
         if self.summary.exists() and "RANK" in os.environ:  # of torchrun: the other processes go on
             raise SystemExit(say(f"--out {folder}: shard {shard[0]}/{shard[1]} is done"))
         if self.summary.exists() or self.folder.is_file():
             fail(f"--out {folder} is a finished run, or a file; choose another --out, or delete that first")
-        if read_json(kept) not in ({}, settings):
-            fail(f"--out {folder}: was begun with other settings (settings.json); choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         lock(self.folder / f"{self.stem}.lock") or fail(f"--out {folder}: another process writes this shard")
         write_json(kept, settings)

@@ -153,7 +153,7 @@ def parse_args(argv=None):
         files = dict(recovery="camel.zip", mmlu="mmlu", data="chunks.jsonl")
         parser.set_defaults(**TINY, **{k: f"{world or WORLD}/{v}" for k, v in files.items()})
     there = {k: known[k] for k in ("base", "data", "retain") if known.get(k)}  # relative to the folder
-    there |= {k: os.path.relpath(x) for k, v in there.items() if (x := (folder / v).resolve()).exists()}
+    there |= {k: str(x) for k, v in there.items() if (x := (folder / v).resolve()).exists()}
     parser.set_defaults(**{"base": f"{world}/base" if world else str(folder)} | there)
     args = parser.parse_args(argv)
     folder = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path("out") / args.ckpt.replace("/", "--")

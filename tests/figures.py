@@ -107,7 +107,7 @@ def figure_worst(swept, control, form):
         found = []
         for name, (before, *states) in (x for run in runs for x in run["attacks"].items()):
             top = max(states or [before], key=lambda s: (not damaged(before, s), s["forget"]))
-            found.append((100 * top["retain"], 100 * top["forget"], name))
+            found.append((100 * top["retain"], 100 * top["forget"], name.removeprefix("sweep/")))
         return found
 
     for axes, (name, runs) in zip(panels.flat, swept.items()):

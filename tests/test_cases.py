@@ -96,7 +96,7 @@ def test_every_path_is_taken_literally(tmp_path, monkeypatch, mmlu, capsys):
     assert a == b != out
     flags = (f"--recovery={name}/pairs.zip", f"--mmlu={name}/mmlu", f"--questions={name}/q.jsonl")
     args = call("recover", f"--ckpt={name}/out/y", "--steps=1", "--batch=2", "--retain-mix=0.5", *flags)
-    assert args.base == f"{name}/m" and args.retain == f"{name}/r.jsonl"  # its own
+    assert args.base == str(folder / "m") and args.retain == str(folder / "r.jsonl")  # its own
     assert resolved(read_json(folder / "out/y/args.json")["base"], f"{name}/out/y") == str(folder / "m")
     call("evaluate_mmlu", f"--ckpt={name}/out/y", f"--mmlu={name}/mmlu", f"--out={name}/scores")
     flags = (f"--pile={name}/f.txt", f"--out={name}/labels", "--no-chat", "--question={chunk}\n?")

@@ -79,7 +79,11 @@ def world(root, seed=0, **more):
     """The folder of a world with its base and its control."""
     for name, forget in (("base", 1.0), ("filtered", 0.25)):
         facts = dict(script="tests/tiny/train.py", arguments={"filtered": name == "filtered"})
-        put(root / f"world{seed}" / name, "rmat.py", forget, 1.0, **facts | more)
+        put(folder := root / f"world{seed}" / name, "rmat.py", forget, 1.0, **facts | more)
+        known = json.loads((folder / "args.json").read_text())  # train.py names no base and no parent
+        (folder / "args.json").write_text(
+            json.dumps({k: x for k, x in known.items() if k not in ("base", "parent")})
+        )
     return root / f"world{seed}"
 
 
@@ -235,9 +239,10 @@ def test_attacks_on_one_checkpoint_are_not_runs_of_its_method(sweeps):
     attack(rm, (0.65, 0.9), to="early", flags="--lr 1e-4")  # a row of its own, and not the first one
     attack(rm, (0.9, 0.9), to="letters", protocol={"format": "letter"})
     E.write_scores(rm / "letters", summary(0.6, 0.9), [])  # its steps were scored by letters
+    attack(rm, (0.95, 0.5), to="mix", flags="--lr 5e-4")  # of the name of one of the sweep
     rows = columns(sweeps / "world0")
     assert rows["Random Mapping"]["forget_recovered"] == row["forget_recovered"]
-    assert rows["Random Mapping"]["attackers"] == 7 and rows["Random Mapping"]["worst"] == row["worst"]
+    assert rows["Random Mapping"]["attackers"] == 8 and rows["Random Mapping"]["worst"] == row["worst"]
     assert rows["Random Mapping (rm/early)"]["forget_recovered"] == pytest.approx(65)
 
 
