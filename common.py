@@ -196,9 +196,7 @@ class Run:
         begun, now = read_json(self.state / "run.json"), json.loads(json.dumps(vars(args)))
         if other := [k for k in now if begun and begun.get(k) != now[k] and k not in FREE]:
             flag = other[0].replace("_", "-")
-            fail(
-                f"--out {self.out} was begun with another --{flag}; choose another --out, or delete that one"
-            )
+            fail(f"--out {self.out} was begun with another --{flag}; choose another --out, or delete it")
         if not begun and self.out.exists() and (self.out.is_file() or {*os.listdir(self.out)} - {"state"}):
             fail(f"--out {self.out}: not empty, and no run was cut off there; choose another --out")
 
@@ -662,7 +660,7 @@ class Stream:
 
     def __init__(self, texts, tokenizer, batch, tokens, seed, purpose, device):
         if len(texts) < batch:
-            fail(f"the {purpose} set has {len(texts)} texts and a step needs {batch}; lower --batch, or K")
+            fail(f"the {purpose} set has {len(texts)} texts and a step needs {batch}; lower --batch (or K)")
         self.texts, self.tokenizer, self.batch, self.tokens = texts, tokenizer, batch, tokens
         self.key, self.device, self.bos = (seed, "order", purpose), device, bos(tokenizer)
         self.encode, self.order = cache(self.encode), cache(self.order)

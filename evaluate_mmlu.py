@@ -297,11 +297,10 @@ def write_scores(folder, summary, answers):
 
 def show_scores(summary):
     """One line: forget and retain accuracy, percent ± standard error, and the shares of predicted letters."""
-    sides = (
-        f"{x} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" for x in SIDES for s in [summary[x]]
-    )
+    sides = [(side, summary[side]) for side in SIDES]
+    parts = [f"{side} {100 * s['acc']:.1f} ± {100 * s['se']:.1f} (n {s['n']})" for side, s in sides]
     letters = " ".join(f"{x} {100 * share:.0f}" for x, share in summary["letters"].items())
-    return " | ".join(sides) + f" | predicted % {letters}"
+    return " | ".join(parts) + f" | predicted % {letters}"
 
 
 def paper_scores(init, theta, recovered):

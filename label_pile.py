@@ -294,7 +294,7 @@ def main(args):
     head, tail = args.prompt = begun or frame(tokenizer, args.question, args.concept, args.chat)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.tokens > (room := context - sum(map(len, around(tokenizer, head, tail)))):
-        fail(f"--tokens {args.tokens}: --judge reads {context}, {context - room} are --question's; lower one")
+        fail(f"--tokens {args.tokens}, a question of {context - room}: --judge reads {context}; shorten one")
     parts = Parts(args.out, shard, {k: getattr(args, k) for k in kept} | {"shards": shard[1]})
     there = f"{sum(parts.labels.values())} rows are there"
     say(f"{model.device} | {model.dtype} | judge {args.judge} | writes {args.out}, {there}")

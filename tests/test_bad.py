@@ -125,7 +125,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--out @text.txt": "give --ckpt to score (one with --out, a directory)",
     },
     "label_pile": {
-        "--tokens 100000": "--tokens 100000: --judge reads 512, 13 are --question's; lower one",
+        "--tokens 100000": "--tokens 100000, a question of 13: --judge reads 512; shorten one",
         "--shard 2/2": "--shard 2/2: give i/n with i from 0 to n - 1",
         "--question why?": "--question needs {chunk} once, and text after it",
         "--tokenizer @nowhere": "--tokenizer @nowhere: ",

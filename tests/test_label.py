@@ -157,6 +157,8 @@ def test_of_torchrun_a_process_that_is_done_lets_the_others_go_on(tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         run("0", cut)
     assert not stop.value.code and len(files(cut)) == 4
+    with pytest.raises(SystemExit, match="2"):  # what is done has other settings
+        labelled(cut, "--max-chunks", "60", "--concept", "chemistry")
     run("1", cut)
     assert files(cut) == files(tmp_path / "whole") and len(files(cut)) == 6
 

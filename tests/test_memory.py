@@ -9,7 +9,7 @@ from test_methods import RUNS, literal_outer_step
 from test_scripts import call
 from transformers import LlamaConfig
 
-from common import LiveBytes
+from common import LiveBytes, load_model
 from mlac_ar import mlac_ar
 
 
@@ -83,6 +83,7 @@ def test_layers_that_are_not_recomputed_keep_their_activations(tmp_path, capsys)
 
     every, half, none = (predicted(f"--dtype bfloat16 --recompute-every {n}") for n in (1, 2, 0))
     assert none > every + 0.1 and abs((half - every) / (none - every) - 0.5) < 0.02
+    assert not load_model(str(tmp_path), meta=True)[0].training  # no dropout, as in a run
     assert predicted("--device cpu") == predicted("--device cpu --recompute-every 0") > 1.5 * none
 
 

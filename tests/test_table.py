@@ -263,12 +263,14 @@ def test_a_base_at_chance_has_no_share_to_find(sweeps):
 
 
 def test_a_method_on_anothers_result_is_named_so(tmp_path):
-    for i, rate in enumerate(("1e-3", "1e-2")):  # other settings of the first: another row
-        first = world(tmp_path, i) / "first"
-        put(first, f"random_mapping.py --lr {rate}", 0.5)
+    runs = ("--lr 1e-3", 0), ("--lr 1e-2", 1), ("--lr 1e-3 --seed 1", 0)
+    for i, (flags, w) in enumerate(runs):  # other settings of the first: another row; another seed: the same
+        first = world(tmp_path, w) / f"{i}/first"
+        put(first, f"random_mapping.py {flags}", 0.5)
         put(first.parent / "second", f"mlac_ar.py --model {first}", 0.3 + i / 10, parent=str(first))
-    names = "MLAC-AR on Random Mapping", "MLAC-AR on Random Mapping (world1/second)"
-    assert [columns(tmp_path)[name]["forget"] for name in names] == pytest.approx([30, 40])
+    names = "MLAC-AR on Random Mapping", "MLAC-AR on Random Mapping (world1/1/second)"
+    assert [columns(tmp_path)[name]["forget"] for name in names] == pytest.approx([40, 40])
+    assert columns(tmp_path)[names[0]]["runs"] == 2  # 30 and 50
 
 
 def test_the_worst_case_is_of_the_swept_runs_alone_and_damage_has_a_mark(sweeps):
