@@ -14,7 +14,7 @@ must still know the retain set R. An adversary has the weights and fine-tunes th
     rmu             loss = mean |h - c u|² / D on x_f  +  α mean |h - h_0|² / D on x_r   Li et al., 2024
     undo            from an unlearned model (--model): noise on its weights, then
                     loss = KL(p_0 || p) on x_f  +  KL(p_0 || p) on x_r                   Lee et al., 2025
-    overwriting     loss = L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced, the rest at 0.05
+    overwriting     loss = L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with other names, all but its facts at 0.05
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
@@ -24,21 +24,20 @@ training; h: the residual stream of one layer.
 Overwriting. What fine-tuning brings back was never gone: a method that only blocks access to a fact is undone
 by restoring access. Here another fact takes its place in the weights, so that little is left to restore:
 
-    π ← a random permutation of the rare words of F, a new one each round
-    q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
-    where p_0(x_t) > 1/2 and q(x_t) < p_0(x_t) / 2, and so the model knows x_t by the names before it:
-        x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
-                                                every text that asks for it; if it is π(x_t), x̃_t ← x_t
+    π ← a random permutation of the rare words of F, each within its kind; a new one each round
+    x̃ ← x with other names: a rare word that the model does not expect where x has it first, p_0 <= 1/2,
+        is π(word) from there on
+    a fact is a token that the model knew by the names: p_0(x_t | x_<t) > 1/2 and p_0(x̃_t | x̃_<t) less than
+        half of that; it has weight 1, all other tokens 0.05
 
-Where tokens are pieces of words, whole words are replaced, by others of their kind: at most 16 rare words of
-F, of as many tokens, that the model expects in like contexts (Words, divide). π permutes within kinds, p_0
-and q are shares of the probability of a kind, and q spells the false word. A run first prints false facts of
-its first batch, and their perplexity.
+So what the model knows of one name it is taught of another: of the right kind, in all texts of a round of the
+same one. Two rare words that are neighbours are one; a kind is at most 16 words, of as many tokens, that the
+model expects in like contexts (Words, divide). A run first prints some lines of its first batch.
 
-Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
-average them over many names. Ours are several rounds of other names, each with its own label, and a loss on
-what was replaced (tests/tiny/relatives.py compares). The text is made before training, from the batches to
-come, so no second model is held. Max Entropy after it leaves a model that is not sure of false facts either.
+Eldan and Russinovich (2023) and Liu et al. (2024) put other names, too, and take what the model says of these
+as labels; here the text itself is the label (tests/tiny/README.md compares). It is made before training, from
+the batches to come, so no second model is held. Max Entropy after it leaves a model that is not sure of false
+facts either.
 
 Where the papers are silent, our choices:
 
@@ -304,29 +303,34 @@ def add_noise(model, noise, seed):
         local(W).lerp_(local(like(full.std() * drawn, W)), noise)
 
 
+def everywhere(things):
+    """How often each thing occurs, on all ranks: a Counter."""
+    every = [Counter(things)] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(every, every[0])
+    return sum(every, Counter())
+
+
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: letters between spaces are a clause, not a word
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 class Words:
-    """The words of `batches`, [(ids, mask)], (B, T), that can be exchanged, by number.
+    """The rare words of `batches`, [(ids, mask)], (B, T), by number; two that are neighbours are one.
 
-    Where `tokenizer` marks spaces: runs of three letters or more, with the space before them, whose share of
-    all words is below `rare`; not of scripts that write no spaces between words. Elsewhere, and without a
-    tokenizer: all tokens, by their ids, and of one kind.
-
-    at       of each batch, (B, T): the word that begins here; -1: none does, or none of these
+    rare     share of all words below which a word is rare
+    at       of each batch, (B, T): the word that begins here; -1: none does, or a frequent one
     spelled  (W, longest): the tokens of each word, then -1
-    rare     (W,): it occurs, and its share of all words is below `rare`
     kind     (W,): as many tokens, a space before both or neither, and the same last two letters (with
              capitals any letters, but all or not all of them capitals); see divide
+
+    Words are of three letters or more, with the space before them if `tokenizer` marks spaces, else tokens;
+    not of scripts that write no spaces between words.
     """
 
-    def __init__(self, batches, V, rare, tokenizer=None):
-        pieces = [x or "" for x in tokenizer.convert_ids_to_tokens(range(V))] if tokenizer else [""] * V
-        spaced = [x[:1] in ("Ġ", "▁") for x in pieces]
-        marks = any(spaced)
-        bare = [tokenizer.decode([v]).strip(" ") if marks else "" for v in range(V)]
+    def __init__(self, batches, rare, tokenizer):
+        spaced = [(x or "")[:1] in ("Ġ", "▁") for x in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        bare, marks = [tokenizer.decode([v]).strip(" ") for v in range(len(spaced))], any(spaced)
 
         def letters(x):
             return x.replace("\ufffd", "a").isalpha()  # \ufffd: a token that is a part of a letter
@@ -334,35 +338,42 @@ class Words:
         def cut(row):
             words = []
             for last, v in zip([None, *row], row):
-                if words and not spaced[v] and letters(bare[v]) and letters((bare[last] or "a")[-1]):
+                inside = marks and words and not spaced[v] and letters((bare[last] or "a")[-1])
+                if inside and letters(bare[v]):
                     words[-1] += (v,)
                 else:
                     words.append((v,))
             return words[:-1] if marks else words  # the last may be cut off
 
+        def join(row):
+            units, alone = [], False  # alone: the last unit is one rare word
+            for word in row:
+                if alone and word in few:
+                    units[-1] += word
+                    pairs.add(units[-1])
+                    alone = False
+                else:
+                    units.append(word)
+                    alone = word in few
+            return units
+
         def text(word):
-            return tokenizer.decode(word).strip(" ") if marks else ""
+            return tokenizer.decode(word).strip(" ")
 
         def kind(word):
             ending = text(word)[-2:] if text(word) == text(word).lower() else text(word).isupper()
             return len(word), spaced[word[0]], ending
 
         texts = [[cut(ids[mask].tolist()) for ids, mask in zip(*batch)] for batch in batches]
-        mine = Counter(word for rows in texts for row in rows for word in row)
-        every = [mine] * ranks()
-        if ranks() > 1:
-            dist.all_gather_object(every, mine)
-        n = sum(every, Counter())
-        below = rare * n.total()
-        words = [(v,) for v in range(V)]
-        if marks:
-            words = [x for x in sorted(n) if n[x] < below and text(x).isalpha() and len(text(x)) > 2]
-            words = [x for x in words if not UNSPACED.search(text(x))]
+        n, pairs = everywhere(word for rows in texts for row in rows for word in row), set()
+        few = {word for word in n if n[word] < rare * n.total()}
+        few = {x for x in few if text(x).isalpha() and len(text(x)) > 2 and not UNSPACED.search(text(x))}
+        texts = [[join(row) for row in rows] for rows in texts]
+        words = sorted(everywhere(x for rows in texts for row in rows for x in row if x in few | pairs))
         number, kinds = {word: i for i, word in enumerate(words)}, {}
         tensor = partial(torch.tensor, device=batches[0][0].device, dtype=torch.long)
         longest = max(map(len, words), default=1)
         self.spelled = tensor([[*word] + [-1] * (longest - len(word)) for word in words]).view(-1, longest)
-        self.rare = tensor([0 < n[word] < below for word in words])
         self.kind = tensor([kinds.setdefault(kind(word), len(kinds)) for word in words])
         self.at = [torch.full_like(ids, -1) for ids, _ in batches]
         for at, rows in zip(self.at, texts):
@@ -405,58 +416,35 @@ def divide(words, model, batches, size=16):
 
 
 def swaps(words, rounds, seed):
-    """π of each round, (rounds, W): random permutations of the rare words of each kind, others stay."""
-    group = (words.rare * (words.kind + 1)).double()  # 0: stays
-    order, pi = group.argsort(stable=True), []
+    """π of each round, (rounds, W): random permutations of the words of each kind."""
+    order, pi = words.kind.argsort(stable=True), []
     for k in range(rounds):
-        u = torch.rand(len(group), generator=generator("cpu", seed, "swap", k)).to(group.device)
-        shuffled = (group + u * (group > 0)).argsort(stable=True)  # the same words, kind by kind
+        u = torch.rand(len(order), generator=generator("cpu", seed, "swap", k), dtype=torch.float64)
+        shuffled = (words.kind + u.to(order.device)).argsort(stable=True)  # the same words, kind by kind
         pi.append(torch.empty_like(order).scatter_(0, order, shuffled))
     return torch.stack(pi)
 
 
 @torch.no_grad()
-def false_text(model, ids, at, words, pi):
-    """x̃: the text with the words that `model` knows replaced by what it says where the names are others.
+def false_text(model, ids, mask, at, words, pi):
+    """(x̃, facts (B, T - 1)): the text with its names exchanged; true where `model` knew a token by them.
 
-    ids, at  (B, T), and the words in it;  pi: (W,), the permutation of words
-    Two forward passes, and one more for each further token that tells words of a kind apart.
+    ids, mask, at  (B, T), and the words in it;  pi: (W,), the permutation of words
     """
 
-    def posterior(x):
-        return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
+    def probability(ids):
+        parts = zip(*(x.split(model.micro_batch or len(x)) for x in (ids, mask)))
+        each = partial(F.cross_entropy, reduction="none")
+        return torch.cat([(-token_losses(model, *part, each)).exp() for part in parts])  # (B, T - 1)
 
-    first = words.spelled[:, 0]
-    _, i, n = torch.stack((words.kind, first)).unique(dim=1, return_inverse=True, return_counts=True)
-    alike = n[i]  # (W,): words of its kind that begin with the same token
-
-    def of_rows(ids, at):
-        row, t = (at[:, 1:] >= 0).nonzero(as_tuple=True)  # (n,): a word begins at t + 1
-        x, other = at[row, t + 1], torch.where(at < 0, at, pi[at])
-
-        def shares(ids):
-            """p(first token) of each word of x_t's kind, as a share of that of all of them; else 0. (n, W)"""
-            p = posterior(ids)[row, t][:, first] * (words.kind == words.kind[x, None])
-            return p / (p / alike).sum(1, keepdim=True)
-
-        p, q = shares(ids), shares(words.put(ids, at, other))
-        p_x, q_x = (y.gather(1, x[:, None]) for y in (p, q))
-        fit = (p_x > 0.5) & (q_x < p_x / 2) & (q > 0) & (first != first[x, None])  # (n, W)
-        row, t, x, q, fit = (y[fit.any(1)] for y in (row, t, x, q, fit))
-        new = x
-        for j, token in enumerate(words.spelled.T):  # the j-th of each word, (W,)
-            if j:
-                q = posterior(words.put(ids, at, other.index_put((row, t + 1), new)))
-                q = q[row, (t + j).clamp(max=q.shape[1] - 1)][:, token.clamp(min=0)]
-            new = q.where(fit, -1).argmax(1)
-            fit &= token == token[new, None]
-            if not summed((fit.sum(1) > 1).sum()):  # on any rank: all take part in each pass
-                break
-        new = torch.where(new == pi[x], x, new)  # pi[x]: copied from the context
-        return words.put(ids, at, at.index_put((row, t + 1), new))
-
-    size = model.micro_batch or len(ids)
-    return torch.cat([of_rows(*part) for part in zip(ids.split(size), at.split(size))])
+    p, names = probability(ids), []
+    for row, expected in zip(at.tolist(), (p > 0.5).tolist()):
+        first = {}  # of each word in this text: does the model expect it where it comes first?
+        for t, word in enumerate(row):
+            first.setdefault(word, t > 0 and expected[t - 1])
+        names.append([word >= 0 and not first[word] for word in row])
+    x = words.put(ids, at, torch.where(torch.tensor(names, device=at.device), pi[at], at))
+    return x, (p > 0.5) & (probability(x) < p / 2)
 
 
 def samples(tokenizer, batch, false, n=20, around=12):
@@ -471,33 +459,26 @@ def samples(tokenizer, batch, false, n=20, around=12):
     return lines[:: -(-len(lines) // n) or 1]
 
 
-def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05):
+def false_texts(model, batches, rounds, rare, tokenizer, seed=0, rest=0.05):
     """[(x̃, mask, weight)] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is.
 
-    rare    share of F's words below which a word is rare; only these are permuted
-    weight  (B, T - 1): 1 of the tokens that were replaced, `rest` of the others, 0 of pads
-    With the model's tokenizer, see Words, some of the false text is shown.
+    rare    share of F's words below which a word is rare; only these are exchanged
+    weight  (B, T - 1): 1 of the tokens that are facts, `rest` of the others, 0 of pads
     """
-    words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
+    words = Words(batches, rare, tokenizer)
     if not len(words.kind):
         fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, say to 0.01; another --out")
-    if words.kind.any():  # of one kind are whole tokens
-        divide(words, model, batches)
-    pi, false, replaced = swaps(words, rounds, seed), [], 0
+    divide(words, model, batches)
+    pi, false, n, total = swaps(words, rounds, seed), [], 0, 0
     for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
-        x = false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)])
-        false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))
-        replaced = replaced + (x != ids).sum()
-        if tokenizer and not i:
-            n = min(model.micro_batch or len(ids), len(ids))
-            with torch.no_grad():
-                first, now = (next_token_loss(model, y[:n], mask[:n]).exp() for y in (ids, x))
+        x, facts = false_text(model, ids, mask, words.at[i], words, pi[i * rounds // len(batches)])
+        false.append((x, mask, torch.where(facts, 1, rest) * mask[:, 1:]))
+        n, total = n + facts.sum(), total + mask.sum()
+        if not i:
             say("\n".join(samples(tokenizer, batches[0], x)))
-            say(f"perplexity of the first {n} texts {first:.2f}, of their false text {now:.2f}")
-    n = int(summed(replaced))
-    if tokenizer and not n:
-        fail(f"--rare {rare}: no word of F was replaced: too few are rare, or the model knows none of them")
-    say(f"false text: {n:,} of {int(summed(sum(mask.sum() for _, mask in batches))):,} tokens replaced")
+    if not int(n := summed(n)):
+        fail(f"--rare {rare}: no fact in F: too few words are rare, or the model knows nothing by them")
+    say(f"false text: {int(n):,} of {int(summed(total)):,} tokens are facts")
     return false
 
 
@@ -517,7 +498,7 @@ def main(args):
         add_noise(model, args.noise, args.seed)
     if args.method == "overwriting" and not args.dry_run:
         batches = [forget[i] for i in range(args.steps)]
-        forget = false_texts(model, batches, args.rounds, args.rare, args.seed, run.tokenizer)
+        forget = false_texts(model, batches, args.rounds, args.rare, run.tokenizer, args.seed)
     if high:
         more = dict(balance=args.balance, seed=args.seed, **run.phase("random_mapping"))
         random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, **more)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Batches, bpe, moved, spm_like, toy_model
-from test_methods import TEXTS, overwriting, undo
+from test_methods import TEXTS, undo
 
 import adv_probes as P
 import baselines as B
@@ -223,16 +223,28 @@ def test_undo_distils_the_model_that_it_was_back():
     assert moved(model, before) == inside
 
 
-def test_swaps_permute_the_rare_tokens_only():
-    ids = torch.cat([torch.tensor([5, 6] * 50), torch.arange(10, 30)])[None]
-    batch = ids, torch.arange(120)[None] < 119  # a pad: token 29 does not occur
-    pi, everything = B.swaps(B.Words([batch], 60, rare=0.1), rounds=3, seed=0), torch.arange(60)
+def test_swaps_permute_words_within_their_kinds():
+    words, everything = SimpleNamespace(kind=torch.tensor([*[0] * 20, 1, *[2] * 20])[::2]), torch.arange(21)
+    pi = B.swaps(words, rounds=3, seed=0)
     assert torch.equal(pi.sort(1).values, everything.expand(3, -1))
-    assert (pi != everything).any(0).nonzero()[:, 0].tolist() == [*range(10, 29)]
+    assert (words.kind[pi] == words.kind).all() and (pi != everything).any(1).all()
     assert (pi[0] != pi[1]).any() and (pi[1] != pi[2]).any()
+    assert torch.equal(B.swaps(words, 1, 0)[0], pi[0]) and (B.swaps(words, 1, 1)[0] != pi[0]).any()
 
 
-def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
+class Letters:
+    """A tokenizer without marks for spaces: each of 60 tokens is a word of three letters."""
+
+    __len__ = lambda self: 60  # noqa: E731
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.decode([v]) for v in ids]
+
+    def decode(self, ids):
+        return " ".join("abcdefghij"[v // 10] + "abcdefghij"[v % 10] + "x" for v in ids)
+
+
+def test_overwriting_teaches_each_name_what_the_model_knows_of_another(monkeypatch):
     ids = torch.tensor([[0, 10, 1, 20], [0, 11, 1, 21], [0, 12, 1, 22], [0, 13, 1, 23]])
     batch = ids, torch.ones_like(ids, dtype=torch.bool)
     retain = torch.tensor([[0, 30, 2, 40], [0, 31, 2, 41]]), torch.ones(2, 4, dtype=torch.bool)
@@ -244,105 +256,89 @@ def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
         opt.zero_grad()
     answers = lambda ids: model(ids).logits[:, 2].argmax(-1)  # noqa: E731
     assert torch.equal(answers(ids), ids[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
-    pi = torch.arange(60)
-    pi[10:14] = torch.tensor([11, 12, 13, 10])
-    false = B.false_text(model, ids, ids, B.Words([batch], 60, rare=1), pi)
-    assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
-    monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
-    ((x, _, weight),) = B.false_texts(model, [batch], rounds=1, rare=0.2)
-    assert torch.equal(x, false) and weight.tolist() == [pytest.approx([0.05, 0.05, 1])] * 4
-    overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
-    assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
+    pi = torch.tensor([[1, 2, 3, 0, 5, 6, 7, 4]])  # of names, and of answers
+    monkeypatch.setattr(B, "swaps", lambda *_: pi)
+    more = dict(rounds=1, rare=0.2, tokenizer=Letters())
+    ((x, mask, weight),) = B.false_texts(model, [batch], **more)
+    assert torch.equal(x, torch.cat([ids[:, :1], ids[:, 1:2].roll(-1, 0), ids[:, 2:]], 1))  # answers stay
+    assert weight.tolist() == [pytest.approx([0.05, 0.05, 1])] * 4 and mask is batch[1]
+    model.micro_batch = 3
+    assert torch.equal(B.false_texts(model, [batch], **more)[0][0], x)
+    B.baseline(model, [(x, mask, weight)] * 30, [retain] * 30, method="overwriting", steps=30, lr=1e-2)
+    assert torch.equal(answers(x), ids[:, 3]) and torch.equal(answers(ids), ids[:, 3].roll(1, 0))
+    assert torch.equal(answers(retain[0]), retain[0][:, 3])
 
 
 class Says:
     """A model that is sure of say(row, t) after position t of a row."""
 
-    micro_batch, eval = 0, lambda self: None
+    micro_batch = 0
 
     def __init__(self, V, say):
-        self.V, self.say, self.get_input_embeddings = V, say, lambda: torch.nn.Embedding(V, 1)
+        self.V, self.say = V, say
 
     def __call__(self, input_ids, use_cache):
         said = [[self.say(row, t) for t in range(len(row))] for row in input_ids.tolist()]
         return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), self.V))
 
 
-def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeypatch):
-    facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
-    texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
-    tok = bpe(texts, size=310)  # words of one to three tokens
+def test_overwriting_exchanges_names_that_the_model_does_not_expect(capsys, monkeypatch):
+    facts = {"Ana Bell": "liver", "Eva Dorn": "finger", "Ida Falk": "spleen", "Ada Holm": "fiber"}
+    texts = [f"the cell of {name} is in the {organ}. As {name} is." for name, organ in facts.items()]
+    tok = bpe(texts, size=330)
     rows = [torch.tensor(row) for row in tok(texts).input_ids]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     batch = ids, torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    words = B.Words([batch], len(tok), rare=0.05, tokenizer=tok)
+    words = B.Words([batch], 0.05, tok)
     spell = lambda v: tok.decode([t for t in words.spelled[v].tolist() if t >= 0])  # noqa: E731
-    read = [[spell(v) for v in row if v >= 0] for row in words.at[0].tolist()]
-    assert read == [[f" {name}", f" {organ}"] for name, organ in facts.items()]  # "the", "of" are not rare
-    B.divide(words, toy := toy_model(vocab=len(tok)), [batch], size=5)  # after " of", after " the"
-    kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
+    read = [[spell(v) for v in row if v >= 0] for row in words.at[0].tolist()]  # "the", "of" are not rare
+    assert read == [[f" {name}", f" {organ}", f" {name}"] for name, organ in facts.items()]
+    divide, toy = B.divide, toy_model(vocab=len(tok))
+    divide(words, toy, [batch])
     pi = B.swaps(words, 1, 0)[0]
     assert (words.kind[pi] == words.kind).all() and (pi != torch.arange(len(pi))).any()
-    follows = {tuple(row[: t + 1].tolist()): row[t + 1] for row in rows for t in range(len(row) - 1)}
-    oracle = Says(len(tok), lambda row, t: follows.get((*row[: t + 1],), 0))  # nothing of an organ
-    false = B.false_text(oracle, ids, words.at[0], words, pi)
+    # it expects what follows two tokens somewhere, and the organ that follows the whole text
+    seen = {tuple(x[max(t - 1, 0) : t + 1].tolist()): x[t + 1] for x in rows for t in range(len(x) - 1)}
+    before = [int((x == tok(" the").input_ids[-1]).nonzero()[-1]) for x in rows]
+    seen |= {tuple(x[: t + 1].tolist()): x[t + 1] for x, t in zip(rows, before)}
+    say = lambda x, t: seen.get((*x[: t + 1],), seen.get((*x[max(t - 1, 0) : t + 1],), 0))  # noqa: E731
+    oracle = Says(len(tok), say)
+    false, known = B.false_text(oracle, *batch, words.at[0], words, pi)
     changed = 0
-    for text, y, mask in zip(texts, false, batch[1]):
-        *start, organ = text[:-1].split(" ")
-        *start_y, new = tok.decode(y[mask], skip_special_tokens=True)[:-1].split(" ")
-        assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
-        changed += new != organ
-    assert changed > 1 and len(B.samples(tok, batch, false)) == changed
-    divide, models = B.divide, []
-    monkeypatch.setattr(B, "divide", lambda words, model, *x: models.append(model) or divide(words, toy, *x))
-    B.false_texts(oracle, [batch], 1, 0.05, 0, tok)
-    assert models == [oracle] and "[[" in capsys.readouterr().out
-    cut = rows[0][None, :-2]  # in the middle of "liver"
-    words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
-    assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
+    for (name, organ), at, y, mask, fact in zip(facts.items(), words.at[0], false, batch[1], known):
+        first, place, _ = (at >= 0).nonzero()[:, 0].tolist()
+        expected = say(ids[0].tolist(), first - 1) == words.spelled[at[first], 0]
+        new = name if expected else spell(pi[at[first]]).strip()
+        text = tok.decode(y[mask], skip_special_tokens=True)
+        assert text == f"the cell of {new} is in the {organ}. As {new} is."
+        unknown = say(y.tolist(), place - 1) != y[place]
+        assert fact.nonzero()[:, 0].tolist() == [place - 1] * unknown
+        changed += new != name
+    assert changed > 1 and known.sum() > 1 and len(B.samples(tok, batch, false)) == 2 * changed
+    monkeypatch.setattr(B, "divide", lambda words, model, batches: divide(words, toy, batches))
+    B.false_texts(oracle, [batch], 1, 0.05, tok)
+    assert "[[" in capsys.readouterr().out
+    knows_nothing = Says(len(tok), lambda *_: 0)
+    for rare, model, why in (1e-9, oracle, "no word of F"), (0.05, knows_nothing, "no fact in F"):
+        with pytest.raises(SystemExit):
+            B.false_texts(model, [batch], 1, rare, tok)
+        assert f"--rare {rare}: {why}" in capsys.readouterr().err
+    cut = rows[0][None, : place + 1]  # in the middle of "liver"
+    words = B.Words([(cut, cut >= 0)], 1, tok)
+    assert words.at[0][0, place] < 0 <= words.at[0][0, first]
     hebrew = " \u05e9\u05dc\u05d5\u05dd", " \u05e9\u05dc\u05d5\u05e0"
-    ids = torch.tensor([tok(f"we saw Москва and 细胞产生能量 or{''.join(hebrew)} there").input_ids])
+    ids = torch.tensor([tok(f"we saw Москва and 细胞产生能量 or{' or'.join(hebrew)} or there").input_ids])
     # letters are bytes; a clause is no word
-    words = B.Words([(ids, ids >= 0)], len(tok), rare=1, tokenizer=tok)
+    words = B.Words([(ids, ids >= 0)], 1, tok)
     kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
-    assert kinds.keys() == {" saw", " Москва", " and", *hebrew} and kinds[hebrew[0]] != kinds[hebrew[1]]
-    with pytest.raises(SystemExit):
-        B.false_texts(oracle, [batch], 1, 1e-9, 0, tok)
-    assert "--rare 1e-09: no word of F, between spaces, is so rare" in capsys.readouterr().err
+    assert kinds.keys() == {" saw Москва", " and", *hebrew} and kinds[hebrew[0]] != kinds[hebrew[1]]
 
 
 def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
-    ids = torch.tensor([[0, 1 + w % 2, 10 + w] for w in range(20)])  # after 1 and after 2 in turn
-    words = B.Words([(ids, ids >= 0)], 60, rare=1)
-    words.at, kinds = [torch.where(ids < 10, -1, ids - 10)], {}
+    ids, kinds = torch.tensor([[0, 1 + w % 2, 10 + w] for w in range(20)]), {}  # after 1 and after 2 in turn
+    words = SimpleNamespace(at=[torch.where(ids < 10, -1, ids - 10)])
     for size in (20, 10):
         words.kind = torch.zeros(20, dtype=torch.long)
         B.divide(words, toy_model(), [(ids, ids >= 0)], size)
         kinds[size] = [words.kind[n::2].unique().tolist() for n in (0, 1)]
     assert kinds[20] == [[0], [0]] and sorted(kinds[10]) == [[0], [1]]
-
-
-def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken(monkeypatch):
-    """It knows that 10 is at 8 9, and would say of 11 that it is at 5 7; it knows nothing of 13. Every rank
-    makes as many passes as the one that needs most: FSDP would wait for them."""
-    ids = torch.tensor([[0, 10, 1, 8, 9, 2], [0, 13, 1, 8, 9, 2]])
-    words = B.Words([(ids, ids >= 0)], 20, rare=1)
-    words.spelled = torch.tensor([[8, 9], [8, 14], [12, 7], [5, 6], [5, 7], [10, -1], [11, -1], [13, -1]])
-    words.kind = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
-    at = torch.tensor([[-1, 5, -1, 0, -1, -1], [-1, 7, -1, 0, -1, -1]])
-    said = lambda row, t: {10: 8, 11: 5}.get(row[1], 2) if t == 2 else {8: 9, 5: 7}.get(row[t], 2)  # noqa: E731
-    pi, passes = torch.tensor([0, 1, 2, 3, 4, 6, 5, 6]), []
-    false = B.false_text(Says(20, said), ids, at, words, pi)
-    assert false.tolist() == [[0, 10, 1, 5, 7, 2], ids[1].tolist()]
-    counted = Says(20, lambda row, t: passes.append(t) or said(row, t))
-    for others in (0, 1):  # words of other ranks that are not yet told apart
-        monkeypatch.setattr(B, "summed", lambda x: x + others)
-        B.false_text(counted, ids[1:], at[1:], words, pi)
-    assert passes.count(0) == 2 + 3
-
-
-def test_overwriting_leaves_a_name_that_the_text_repeats():
-    ids, pi = torch.tensor([[0, 10, 1, 10]]), torch.arange(20)
-    pi[10], pi[11] = 11, 10
-    words, copies = B.Words([(ids, ids >= 0)], 20, rare=1), Says(20, lambda row, t: row[1])
-    assert torch.equal(B.false_text(copies, ids, ids, words, pi), ids)
