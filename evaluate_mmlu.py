@@ -139,7 +139,7 @@ def read_rows(source, flag, config=None, split="test"):
         rows = read_table(source, flag, columns, config, split)
     for i, row in enumerate(rows):
         text, choices, answer = (row.get(c) for c in columns)
-        answer = dict(zip("ABCD0123", (0, 1, 2, 3) * 2)).get(answer, answer)
+        answer = dict(zip("ABCD0123", (0, 1, 2, 3) * 2)).get(str(answer), answer)
         whole = isinstance(choices, list) and [*map(type, [text, *choices])] == [str] * 5
         if not whole or not text.strip() or answer not in range(4):
             needs = "needs a question, four choices and an answer (0 to 3, A to D)"
