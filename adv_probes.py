@@ -266,7 +266,7 @@ def main(args):
     forget, retain = (run.stream(side, args.batch) for side in ("forget", "retain"))
     texts = match_texts(args.match, args.tokens, args.seed)
     match = None if args.swd else run.stream("match", args.batch, texts)
-    if match and min(len(match.encode(j)) for j in range(len(texts))) < args.tokens:
+    if match and min(len(match.encode(text)) for text in texts) < args.tokens:
         fail(f"--match {args.match}: this tokenizer makes too few tokens of a text; lower --tokens")
     run.begin(tokens=(2 if args.swd else 3) * args.batch * args.tokens)
     names = ("steps", "lr", "probe_steps", "probe_lr", "probe_width", "freeze", "weight", "seed")

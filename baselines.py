@@ -14,7 +14,7 @@ must still know the retain set R. An adversary has the weights and fine-tunes th
     rmu             loss = mean |h - c u|² / D on x_f  +  α mean |h - h_0|² / D on x_r   Li et al., 2024
     undo            from an unlearned model (--model): noise on its weights, then
                     loss = KL(p_0 || p) on x_f  +  KL(p_0 || p) on x_r                   Lee et al., 2025
-    overwriting     loss = L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with its facts replaced, the rest at 0.05
+    overwriting     loss = L(θ; x̃_f)  +  L(θ; x_r), x̃_f: x_f with other names, all but its facts at 0.05
 
     each step       θ ← AdamW(θ, ∇loss, lr)
 
@@ -24,21 +24,19 @@ training; h: the residual stream of one layer.
 Overwriting. What fine-tuning brings back was never gone: a method that only blocks access to a fact is undone
 by restoring access. Here another fact takes its place in the weights, so that little is left to restore:
 
-    π ← a random permutation of the rare words of F, a new one each round
-    q(. | x_<t) ← p_0(. | π(x_<t))              what the model says of somebody else
-    where p_0(x_t) > 1/2 and q(x_t) < p_0(x_t) / 2, and so the model knows x_t by the names before it:
-        x̃_t ← argmax of q over all v ≠ x_t      a false fact: of the right kind, and mostly the same one in
-                                                every text that asks for it; if it is π(x_t), x̃_t ← x_t
+    π ← a random permutation of the rare words of F, each within its kind; a new one each round
+    x̃ ← x with other names: a rare word that the model does not expect where x has it first, p_0 <= 1/2,
+        is π(word) from there on
+    a fact is a token of a rare word that the model knew by the names: p_0(x_t | x_<t) > 1/2, and
+        p_0(x̃_t | x̃_<t) is less than half of that; it has weight 1, all other tokens 0.05
 
-Where tokens are pieces of words, whole words are replaced, by others of their kind: at most 16 rare words of
-F, of as many tokens, that the model expects in like contexts (Words, divide). π permutes within kinds, p_0
-and q are shares of the probability of a kind, and q spells the false word. A run first prints false facts of
-its first batch, and their perplexity.
+So what the model knows of one name it is taught of another, of the same one in all texts of a round. A rare
+word with a capital and one right after it are one name; a kind is names of as many tokens, with capitals or
+of the same ending (Names). A run first prints some lines of its first batch.
 
-Labels by the model itself on text with other names are Eldan and Russinovich's (2023); Liu et al. (2024)
-average them over many names. Ours are several rounds of other names, each with its own label, and a loss on
-what was replaced (tests/tiny/relatives.py compares). The text is made before training, from the batches to
-come, so no second model is held. Max Entropy after it leaves a model that is not sure of false facts either.
+Eldan and Russinovich (2023) and Liu et al. (2024) put other names, too, and take what the model says of these
+as labels; here the text itself is the label. It is made before training, from the batches to come, so no
+second model is held. Max Entropy after it leaves a model that is not sure of false facts either.
 
 Where the papers are silent, our choices:
 
@@ -72,9 +70,12 @@ LOSSES; one with a loss on whole texts, a function of log p(x_f), and its line i
 """
 
 import argparse
+import math
+import random
 import re
 import sys
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,7 @@ TINY_OF = dict(  # and of each method
     min_posterior=dict(lr=1e-2), max_entropy=dict(lr=3e-3), high_low_lr=dict(lr=1e-3),
     grad_diff=dict(lr=1e-3), npo=dict(lr=1e-2, steps=300), simnpo=dict(lr=1e-2, steps=300),
     rmu=dict(lr=1e-3, steps=300, layer=2, steer=600.0, weight=10.0), undo=dict(lr=3e-3, steps=1000),
-    overwriting=dict(lr=1e-2, steps=1000, rare=0.01),
+    overwriting=dict(lr=1e-2, steps=1000, rare=0.0125),
 )
 
 
@@ -111,7 +112,7 @@ def parse_args(argv=None):
     add("--weight", type=float, default=1200.0, help="rmu: α, weight of the retain loss")
     add("--noise", type=float, default=0.6, help="undo: share of noise in the weights it starts from")
     add("--rounds", type=int, default=5, help="overwriting: sets of false facts, one after the other")
-    add("--rare", type=float, default=1e-4, help="overwriting: share of F's words below which one is rare")
+    add("--rare", type=float, default=1e-5, help="overwriting: share of F's words below which one is rare")
     add("--batch", type=int, default=16, help="texts per batch, of F and of R (paper: not stated)")
     add("--micro-batch", type=int, default=0, help="texts in memory at a time, to save it; 0: all")
     add("--recompute-every", type=int, default=1, help="recompute each n-th layer in backward; 0: none")
@@ -144,13 +145,13 @@ if __name__ == "__main__":
     args = parse_args()  # before torch is imported: --help and a mistyped flag answer at once
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
     Optimizer, Run, all_steps, backward, check_finite, decoder_layers, fail, generator, like, load_model,
-    local, mean, next_token_loss, no_log, ranks, residual_streams, say, summed, token_losses, whole,
+    local, mean, next_token_loss, no_log, rank, ranks, residual_streams, say, seed_of, summed, token_losses,
+    whole,
 )  # fmt: skip
 from random_mapping import random_mapping
 
@@ -304,200 +305,103 @@ def add_noise(model, noise, seed):
         local(W).lerp_(local(like(full.std() * drawn, W)), noise)
 
 
-# Thai, Lao, Burmese, Khmer, Japanese, Chinese: letters between spaces are a clause, not a word
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+# three letters or more; not of Thai, Lao, Burmese, Khmer, Japanese, Chinese: between spaces they are a clause
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(rf"(?<!\w)[^\W\d_{UNSPACED}]{{3,}}(?!\w)")
 
 
-class Words:
-    """The words of `batches`, [(ids, mask)], (B, T), that can be exchanged, by number.
+class Names:
+    """The rare words of `texts`; one with a capital and one right after it are one, as in "Buenos Aires".
 
-    Where `tokenizer` marks spaces: runs of three letters or more, with the space before them, whose share of
-    all words is below `rare`; not of scripts that write no spaces between words. Elsewhere, and without a
-    tokenizer: all tokens, by their ids, and of one kind.
-
-    at       of each batch, (B, T): the word that begins here; -1: none does, or none of these
-    spelled  (W, longest): the tokens of each word, then -1
-    rare     (W,): it occurs, and its share of all words is below `rare`
-    kind     (W,): as many tokens, a space before both or neither, and the same last two letters (with
-             capitals any letters, but all or not all of them capitals); see divide
+    rare   share of the words below which a word is rare
+    kinds  lists of words that may stand for each other: of as many tokens, after a space and not, and of the
+           same last two letters (with capitals: of any, but all or not all of them capitals)
     """
 
-    def __init__(self, batches, V, rare, tokenizer=None):
-        pieces = [x or "" for x in tokenizer.convert_ids_to_tokens(range(V))] if tokenizer else [""] * V
-        spaced = [x[:1] in ("Ġ", "▁") for x in pieces]
-        marks = any(spaced)
-        bare = [tokenizer.decode([v]).strip(" ") if marks else "" for v in range(V)]
+    def __init__(self, texts, rare, tokenizer):
+        n = Counter(word for text in texts for word in WORD.findall(text))
+        self.few = {x for x in n if n[x] < rare * n.total()}
+        words, kinds = sorted({text[a:b] for text in texts for a, b in self.places(text)}), defaultdict(list)
+        size = lambda x: len(tokenizer(x, add_special_tokens=False).input_ids)  # noqa: E731
+        for x in words:
+            kinds[size(x), size(f" {x}"), x[-2:] if x == x.lower() else x.isupper()].append(x)
+        self.kinds = [*kinds.values()]
 
-        def letters(x):
-            return x.replace("\ufffd", "a").isalpha()  # \ufffd: a token that is a part of a letter
+    def places(self, text):
+        """[(start, end)] of the rare words of a text."""
+        found, begun = [], False  # may the next word belong to the last one?
+        for start, end in (m.span() for m in WORD.finditer(text) if m[0] in self.few):
+            if joined := begun and text[found[-1][1] : start] == " ":
+                start = found.pop()[0]
+            found.append((start, end))
+            begun = not joined and text[start].isupper()
+        return found
 
-        def cut(row):
-            words = []
-            for last, v in zip([None, *row], row):
-                if words and not spaced[v] and letters(bare[v]) and letters((bare[last] or "a")[-1]):
-                    words[-1] += (v,)
-                else:
-                    words.append((v,))
-            return words[:-1] if marks else words  # the last may be cut off
-
-        def text(word):
-            return tokenizer.decode(word).strip(" ") if marks else ""
-
-        def kind(word):
-            ending = text(word)[-2:] if text(word) == text(word).lower() else text(word).isupper()
-            return len(word), spaced[word[0]], ending
-
-        texts = [[cut(ids[mask].tolist()) for ids, mask in zip(*batch)] for batch in batches]
-        mine = Counter(word for rows in texts for row in rows for word in row)
-        every = [mine] * ranks()
-        if ranks() > 1:
-            dist.all_gather_object(every, mine)
-        n = sum(every, Counter())
-        below = rare * n.total()
-        words = [(v,) for v in range(V)]
-        if marks:
-            words = [x for x in sorted(n) if n[x] < below and text(x).isalpha() and len(text(x)) > 2]
-            words = [x for x in words if not UNSPACED.search(text(x))]
-        number, kinds = {word: i for i, word in enumerate(words)}, {}
-        tensor = partial(torch.tensor, device=batches[0][0].device, dtype=torch.long)
-        longest = max(map(len, words), default=1)
-        self.spelled = tensor([[*word] + [-1] * (longest - len(word)) for word in words]).view(-1, longest)
-        self.rare = tensor([0 < n[word] < below for word in words])
-        self.kind = tensor([kinds.setdefault(kind(word), len(kinds)) for word in words])
-        self.at = [torch.full_like(ids, -1) for ids, _ in batches]
-        for at, rows in zip(self.at, texts):
-            for places, row in zip(at, rows):
-                numbers = [x for word in row for x in (number.get(word, -1), *[-1] * (len(word) - 1))]
-                places[: len(numbers)] = tensor(numbers)
-
-    def put(self, ids, at, word):
-        """ids (B, T) with the words `word` (B, T) in the places of those of `at`, of as many tokens."""
-        row, place = (word != at).nonzero(as_tuple=True)
-        tokens = self.spelled[word[row, place]]  # (n, longest)
-        i, j = (tokens >= 0).nonzero(as_tuple=True)
-        return ids.index_put((row[i], place[i] + j), tokens[i, j])
+    def permuted(self, *key):
+        """π, a dict: a random permutation within each kind."""
+        draw = random.Random(seed_of(*key))
+        return {x: y for kind in self.kinds for x, y in zip(kind, draw.sample(kind, len(kind)))}
 
 
 @torch.no_grad()
-def divide(words, model, batches, size=16):
-    """Divides each kind of `words` into kinds of at most `size` words that `model` expects in like contexts.
+def false_text(model, stream, i, names, pi):
+    """(x̃, mask, facts (B, T - 1), lines) of batch i of `stream`, with other names, see above.
 
-    Halves them again and again, along the first principal component of the mean residual stream (the last,
-    before a word begins).
-    """
-    H = torch.zeros(len(words.kind), model.config.get_text_config().hidden_size)
-    for (ids, _), at in zip(batches, words.at):
-        h, at = residual_streams(model, ids)[-1][:, :-1], at[:, 1:]
-        H.index_add_(0, at[at >= 0].cpu(), h[at >= 0].float().cpu())  # on a GPU sums vary from run to run
-    H, kind = F.normalize(summed(H.to(model.device)).cpu(), dim=-1), words.kind.cpu()
-    kinds, n = [(kind == k).nonzero()[:, 0] for k in kind.unique()], 0
-    while kinds:
-        rows = kinds.pop()
-        if len(rows) > size:
-            x = H[rows] - H[rows].mean(0)
-            v = x[0]
-            for _ in range(20):  # power iteration
-                v = F.normalize(x.T @ (x @ v), dim=0)
-            kinds += rows[(x @ v).argsort()].tensor_split(2)
-        else:
-            kind[rows], n = n, n + 1
-    words.kind = kind.to(model.device)
-
-
-def swaps(words, rounds, seed):
-    """π of each round, (rounds, W): random permutations of the rare words of each kind, others stay."""
-    group = (words.rare * (words.kind + 1)).double()  # 0: stays
-    order, pi = group.argsort(stable=True), []
-    for k in range(rounds):
-        u = torch.rand(len(group), generator=generator("cpu", seed, "swap", k)).to(group.device)
-        shuffled = (group + u * (group > 0)).argsort(stable=True)  # the same words, kind by kind
-        pi.append(torch.empty_like(order).scatter_(0, order, shuffled))
-    return torch.stack(pi)
-
-
-@torch.no_grad()
-def false_text(model, ids, at, words, pi):
-    """x̃: the text with the words that `model` knows replaced by what it says where the names are others.
-
-    ids, at  (B, T), and the words in it;  pi: (W,), the permutation of words
-    Two forward passes, and one more for each further token that tells words of a kind apart.
+    names, pi  Names; π
+    facts      true where `model` knew the token of a rare word by the names
+    lines      how the texts read, and what was put for what, with the text around it
     """
 
-    def posterior(x):
-        return model(input_ids=x, use_cache=False).logits[:, :-1].float().softmax(-1)  # (B, T - 1, V)
+    def losses(ids):
+        parts = zip(*(x.split(model.micro_batch or len(x)) for x in (ids, mask)))
+        each = partial(F.cross_entropy, reduction="none")
+        return torch.cat([token_losses(model, *part, each) for part in parts])  # - log p_0, (B, T - 1)
 
-    first = words.spelled[:, 0]
-    _, i, n = torch.stack((words.kind, first)).unique(dim=1, return_inverse=True, return_counts=True)
-    alike = n[i]  # (W,): words of its kind that begin with the same token
-
-    def of_rows(ids, at):
-        row, t = (at[:, 1:] >= 0).nonzero(as_tuple=True)  # (n,): a word begins at t + 1
-        x, other = at[row, t + 1], torch.where(at < 0, at, pi[at])
-
-        def shares(ids):
-            """p(first token) of each word of x_t's kind, as a share of that of all of them; else 0. (n, W)"""
-            p = posterior(ids)[row, t][:, first] * (words.kind == words.kind[x, None])
-            return p / (p / alike).sum(1, keepdim=True)
-
-        p, q = shares(ids), shares(words.put(ids, at, other))
-        p_x, q_x = (y.gather(1, x[:, None]) for y in (p, q))
-        fit = (p_x > 0.5) & (q_x < p_x / 2) & (q > 0) & (first != first[x, None])  # (n, W)
-        row, t, x, q, fit = (y[fit.any(1)] for y in (row, t, x, q, fit))
-        new = x
-        for j, token in enumerate(words.spelled.T):  # the j-th of each word, (W,)
-            if j:
-                q = posterior(words.put(ids, at, other.index_put((row, t + 1), new)))
-                q = q[row, (t + j).clamp(max=q.shape[1] - 1)][:, token.clamp(min=0)]
-            new = q.where(fit, -1).argmax(1)
-            fit &= token == token[new, None]
-            if not summed((fit.sum(1) > 1).sum()):  # on any rank: all take part in each pass
-                break
-        new = torch.where(new == pi[x], x, new)  # pi[x]: copied from the context
-        return words.put(ids, at, at.index_put((row, t + 1), new))
-
-    size = model.micro_batch or len(ids)
-    return torch.cat([of_rows(*part) for part in zip(ids.split(size), at.split(size))])
+    (ids, mask), tokenizer, lines = stream[i], partial(stream.tokenizer, add_special_tokens=False), []
+    loss, false, stays, first = losses(ids), ids.clone(), torch.zeros_like(mask), len(stream.bos)
+    for b, text in enumerate(stream.rows(i)[rank() :: ranks()]):
+        ends = [end for _, end in tokenizer(text, return_offsets_mapping=True).offset_mapping]
+        expected, put, parts, shown, done = (loss[b] < math.log(2)).tolist(), {}, [], [], 0
+        for start, end in names.places(text):
+            x, t, last = text[start:end], *(first + bisect_right(ends, at) for at in (start, end - 1))
+            if x not in put:  # what stands for x in this text
+                put[x] = x if 0 < t <= len(expected) and expected[t - 1] else pi[x]
+            parts += [text[done:start], put[x]]
+            if x == put[x]:
+                stays[b, t : last + 1] = True
+            else:
+                before, after = parts[-2][-60:], text[end : end + 60]
+                shown.append(" ".join(f"{before}[[{x} -> {put[x]}]]{after}".split()))
+            done = end
+        other = tokenizer("".join(parts) + text[done:]).input_ids
+        if len(other) == len(ends):  # as many tokens, as the kinds are made: else it stays
+            other = (stream.bos + other)[: stream.tokens]
+            false[b, : len(other)], lines = torch.tensor(other), lines + shown
+    loss_false = losses(false)
+    read = (mean(x, mask[:, 1:]).exp() for x in (loss, loss_false))
+    lines.insert(0, "perplexity of the first texts {:.2f}, with other names {:.2f}:".format(*read))
+    return false, mask, (loss < math.log(2)) & (loss_false > loss + math.log(2)) & stays[:, 1:], lines
 
 
-def samples(tokenizer, batch, false, n=20, around=12):
-    """At most n lines: what was replaced in a batch, as [[old->new]], and `around` tokens beside it."""
-    lines = []
-    for x, y in ((x[mask].tolist(), y[mask].tolist()) for x, mask, y in zip(*batch, false)):
-        same = [v == w for v, w in zip(x, y)] + [True]
-        for t in (t for t in range(1, len(x)) if same[t - 1] and not same[t]):
-            u = same.index(True, t)
-            parts = y[max(t - around, 0) : t], x[t:u], y[t:u], y[u : u + around]
-            lines.append(" ".join("{}[[{}->{}]]{}".format(*map(tokenizer.decode, parts)).split()))
-    return lines[:: -(-len(lines) // n) or 1]
+def false_texts(model, stream, steps, rounds, rare, seed=0, rest=0.05):
+    """[(x̃, mask, weight)] of the first batches of `stream`, in `rounds` equal parts, by the model as it is.
 
-
-def false_texts(model, batches, rounds, rare, seed=0, tokenizer=None, rest=0.05):
-    """[(x̃, mask, weight)] of batches, [(ids, mask)], in `rounds` equal parts, by the model as it is.
-
-    rare    share of F's words below which a word is rare; only these are permuted
-    weight  (B, T - 1): 1 of the tokens that were replaced, `rest` of the others, 0 of pads
-    With the model's tokenizer, see Words, some of the false text is shown.
+    rare    share of F's words below which a word is rare; only these are exchanged
+    weight  (B, T - 1): 1 of the tokens that are facts, `rest` of the others, 0 of pads
     """
-    words = Words(batches, model.get_input_embeddings().weight.shape[0], rare, tokenizer)
-    if not len(words.kind):
+    names = Names(stream.texts, rare, stream.tokenizer)
+    if not names.kinds:
         fail(f"--rare {rare}: no word of F, between spaces, is so rare; raise it, say to 0.01; another --out")
-    if words.kind.any():  # of one kind are whole tokens
-        divide(words, model, batches)
-    pi, false, replaced = swaps(words, rounds, seed), [], 0
-    for i, (ids, mask) in enumerate(tqdm(batches, "false text", disable=None, leave=False)):
-        x = false_text(model, ids, words.at[i], words, pi[i * rounds // len(batches)])
-        false.append((x, mask, torch.where(x != ids, 1, rest)[:, 1:] * mask[:, 1:]))
-        replaced = replaced + (x != ids).sum()
-        if tokenizer and not i:
-            n = min(model.micro_batch or len(ids), len(ids))
-            with torch.no_grad():
-                first, now = (next_token_loss(model, y[:n], mask[:n]).exp() for y in (ids, x))
-            say("\n".join(samples(tokenizer, batches[0], x)))
-            say(f"perplexity of the first {n} texts {first:.2f}, of their false text {now:.2f}")
-    n = int(summed(replaced))
-    if tokenizer and not n:
-        fail(f"--rare {rare}: no word of F was replaced: too few are rare, or the model knows none of them")
-    say(f"false text: {n:,} of {int(summed(sum(mask.sum() for _, mask in batches))):,} tokens replaced")
+    pi, false, n, total = [names.permuted(seed, "names", k) for k in range(rounds)], [], 0, 0
+    for i in tqdm(range(steps), "false text", disable=None, leave=False):
+        x, mask, facts, lines = false_text(model, stream, i, names, pi[i * rounds // steps])
+        false.append((x, mask, torch.where(facts, 1, rest) * mask[:, 1:]))
+        n, total = n + facts.sum(), total + mask.sum()
+        if not i:
+            say("\n".join(lines[:21]))
+    if not int(n := summed(n)):
+        fail(f"--rare {rare}: no fact in F: too few words are rare, or the model knows nothing by them")
+    say(f"false text: {int(n):,} of {int(summed(total)):,} tokens are facts")
     return false
 
 
@@ -516,8 +420,7 @@ def main(args):
         own["teacher"] = load_model(args.model, args.dtype, args.device, meta=args.dry_run)[0]
         add_noise(model, args.noise, args.seed)
     if args.method == "overwriting" and not args.dry_run:
-        batches = [forget[i] for i in range(args.steps)]
-        forget = false_texts(model, batches, args.rounds, args.rare, args.seed, run.tokenizer)
+        forget = false_texts(model, forget, args.steps, args.rounds, args.rare, args.seed)
     if high:
         more = dict(balance=args.balance, seed=args.seed, **run.phase("random_mapping"))
         random_mapping(model, forget, retain, steps=high, lr=10 * args.lr, **more)

@@ -665,18 +665,22 @@ class Stream:
         self.key, self.device, self.bos = (seed, "order", purpose), device, bos(tokenizer)
         self.encode, self.order = cache(self.encode), cache(self.order)
 
-    def encode(self, j):
-        ids = self.tokenizer(self.texts[j], add_special_tokens=False).input_ids
+    def encode(self, text):
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return torch.tensor((self.bos + ids)[: self.tokens])
 
     def order(self, epoch):
         return torch.randperm(len(self.texts), generator=generator("cpu", *self.key, epoch)).tolist()
 
+    def rows(self, i):
+        """The texts of batch i, on all GPUs."""
+        epoch, place = divmod(i, len(self.texts) // self.batch)
+        return [self.texts[j] for j in self.order(epoch)[place * self.batch : (place + 1) * self.batch]]
+
     def __getitem__(self, i):
         """ids (B, T), right-padded with 0 (a causal model needs no attention mask); mask (B, T), true on
         tokens."""
-        epoch, place = divmod(i, len(self.texts) // self.batch)
-        rows = [self.encode(j) for j in self.order(epoch)[place * self.batch : (place + 1) * self.batch]]
+        rows = [self.encode(text) for text in self.rows(i)]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         both = (x[rank() :: ranks()].contiguous() for x in (ids, mask))  # padded alike on all ranks

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import Batches
+from conftest import WORLD, Batches
 from test_methods import RUNS, undo
 
+import baselines
 import common
 import random_mapping as R
 import recover as A
@@ -89,6 +90,14 @@ def weights(folder):
     return found
 
 
+def false_texts():
+    """Of two batches of the miniature."""
+    model, tokenizer = common.load_model(str(WORLD / "base"), dtype="float32", device="cpu")
+    model.micro_batch, texts = 0, common.load_chunks(str(WORLD / "chunks.jsonl"))[0]
+    stream = common.Stream(texts, tokenizer, 6, 64, 0, "forget", "cpu")
+    return baselines.false_texts(model, stream, steps=2, rounds=1, rare=0.0125)
+
+
 def of_ranks(x):
     found = [None] * common.ranks()
     dist.all_gather_object(found, x)
@@ -133,5 +142,6 @@ if __name__ == "__main__":
     for name in ("two_one", "nan"):
         found[name] = status(R, *RUN, "--out", folder / name / "out")
     found["reads"] = of_ranks(len(reads))
+    found["false_texts"] = of_ranks(false_texts())
     if not common.rank():
         torch.save(found, folder / "found.pt")

@@ -25,7 +25,7 @@ RUNS = {  # every method, as method(model, forget, retain, steps=, lr=, ...)
     "finetune": partial(finetune, mix=0.5, optimizer="sgd"),
     "rmu": partial(B.rmu, layer=2, steer=6.5, weight=100.0),
     "undo": lambda model, *x, **more: undo(model, copy.deepcopy(model), *x, **more),
-    "overwriting": lambda *x, **more: overwriting(*x, rounds=1, rare=0.05, **more),
+    "overwriting": lambda *x, **more: overwriting(*x, **more),
     **{name: partial(B.baseline, method=name) for name in (*B.LOSSES, *B.TEXT_LOSSES, "high_low_lr")},
     "adv_probes": lambda model, f, r, **more: adv_probes(model, f, r, r, probe_width=8, **more),
     "swd": lambda model, f, r, **more: adv_probes(model, f, r, None, freeze=False, **more),
@@ -37,8 +37,10 @@ def undo(model, teacher, *streams, noise=0.1, **more):
     B.baseline(model, *streams, method="undo", teacher=teacher, **more)
 
 
-def overwriting(model, forget, retain, *, steps, rounds, rare, **more):
-    false = B.false_texts(model, [forget[i] for i in range(steps)], rounds, rare)
+def overwriting(model, forget, retain, *, steps, **more):
+    """On texts in which each token below 10 is a fact."""
+    weigh = lambda ids, mask: (ids, mask, torch.where(ids < 10, 1, 0.05)[:, 1:] * mask[:, 1:])  # noqa: E731
+    false = [weigh(*forget[i]) for i in range(steps)]
     B.baseline(model, false, retain, method="overwriting", steps=steps, **more)
 
 

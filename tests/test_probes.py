@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Batches, bpe, moved, spm_like, toy_model
-from test_methods import TEXTS, overwriting, undo
+import world
+from conftest import WORLD, Batches, bpe, moved, spm_like, toy_model
+from test_methods import TEXTS, undo
 
 import adv_probes as P
 import baselines as B
-from common import Stream, next_token_loss
+from common import Stream, load_chunks, load_model, next_token_loss, token_losses
 
 
 def test_sliced_wasserstein_closed_forms():
@@ -80,7 +81,7 @@ def test_match_texts_are_as_long_as_the_rows_of_F(kind, make):
     texts = P.match_texts(kind, 32, seed=0, n=40)
     assert len(set(texts)) == 40 and texts == P.match_texts(kind, 32, 0, 40) != P.match_texts(kind, 32, 1, 40)
     match = Stream(texts, make(), batch=8, tokens=32, seed=0, purpose="match", device="cpu")
-    assert {len(match.encode(j)) for j in range(40)} == {32} and len(set(P.IDK)) == 100
+    assert {len(match.encode(text)) for text in texts} == {32} and len(set(P.IDK)) == 100
 
 
 def short_run(model, match=True, **more):
@@ -223,126 +224,104 @@ def test_undo_distils_the_model_that_it_was_back():
     assert moved(model, before) == inside
 
 
-def test_swaps_permute_the_rare_tokens_only():
-    ids = torch.cat([torch.tensor([5, 6] * 50), torch.arange(10, 30)])[None]
-    batch = ids, torch.arange(120)[None] < 119  # a pad: token 29 does not occur
-    pi, everything = B.swaps(B.Words([batch], 60, rare=0.1), rounds=3, seed=0), torch.arange(60)
-    assert torch.equal(pi.sort(1).values, everything.expand(3, -1))
-    assert (pi != everything).any(0).nonzero()[:, 0].tolist() == [*range(10, 29)]
-    assert (pi[0] != pi[1]).any() and (pi[1] != pi[2]).any()
-
-
-def test_overwriting_teaches_each_name_the_answer_of_another(monkeypatch):
-    ids = torch.tensor([[0, 10, 1, 20], [0, 11, 1, 21], [0, 12, 1, 22], [0, 13, 1, 23]])
-    batch = ids, torch.ones_like(ids, dtype=torch.bool)
-    retain = torch.tensor([[0, 30, 2, 40], [0, 31, 2, 41]]), torch.ones(2, 4, dtype=torch.bool)
-    model = toy_model()
-    opt = torch.optim.Adam(model.parameters(), lr=2e-2)
-    for _ in range(80):
-        (next_token_loss(model, *batch) + next_token_loss(model, *retain)).backward()
-        opt.step()
-        opt.zero_grad()
-    answers = lambda ids: model(ids).logits[:, 2].argmax(-1)  # noqa: E731
-    assert torch.equal(answers(ids), ids[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
-    pi = torch.arange(60)
-    pi[10:14] = torch.tensor([11, 12, 13, 10])
-    false = B.false_text(model, ids, ids, B.Words([batch], 60, rare=1), pi)
-    assert torch.equal(false, torch.cat([ids[:, :3], ids[:, 3:].roll(-1, 0)], 1))
-    monkeypatch.setattr(B, "swaps", lambda *_: pi[None])
-    ((x, _, weight),) = B.false_texts(model, [batch], rounds=1, rare=0.2)
-    assert torch.equal(x, false) and weight.tolist() == [pytest.approx([0.05, 0.05, 1])] * 4
-    overwriting(model, [batch] * 30, [retain] * 30, steps=30, lr=1e-2, rounds=1, rare=0.2)
-    assert torch.equal(answers(ids), false[:, 3]) and torch.equal(answers(retain[0]), retain[0][:, 3])
+@torch.no_grad()
+def test_overwriting_gives_names_the_facts_of_others(capsys):
+    """In the miniature, whose base knows other facts of the new names."""
+    (model, tokenizer), more = load_model(str(WORLD / "base")), dict(steps=4, rounds=2, rare=0.012)
+    texts, ids_of = load_chunks(str(WORLD / "chunks.jsonl"))[0], tokenizer.convert_tokens_to_ids
+    stream = Stream(texts, tokenizer, batch=24, tokens=208, seed=0, purpose="forget", device="cpu")
+    first, last, values = (
+        torch.tensor(ids_of(x)) for x in (world.FIRST, world.LAST, sum(world.POOLS.values(), []))
+    )
+    model.micro_batch, put = 0, [{}, {}]  # of each round: what stands for a name
+    false = B.false_texts(model, stream, **more)
+    assert capsys.readouterr().out.count("[[") == 20
+    for i, (x, mask, weight) in enumerate(false):
+        (ids, same), facts = stream[i], weight == 1
+        names = torch.isin(ids, torch.cat([first, last]))
+        assert torch.equal(mask, same) and names[x != ids].float().mean() > 0.98
+        assert torch.equal(weight, torch.where(facts, 1, 0.05) * mask[:, 1:])
+        assert torch.isin(ids[:, 1:][facts], values).sum() > 0.9 * facts.sum() > 40
+        for row, t in torch.isin(ids, first).nonzero().tolist():
+            name, new = ((*y[row, t : t + 2].tolist(),) for y in (ids, x))
+            put[i // 2].setdefault(name, set()).add(new)
+    for pi in put:  # the same in all texts
+        same = [new.pop() for name, new in pi.items() if len(new) == 1 and new != {name}]
+        assert len({*same}) == len(same) > 0.8 * len(pi) > 30
+    assert put[0] != put[1]
+    model.micro_batch = 5
+    again = B.false_texts(model, stream, **more)
+    assert all(torch.equal(a, b) for two in zip(false, again) for a, b in zip(*two))
+    with torch.enable_grad():
+        retain = Batches(8, vocab=99, same=True)
+        B.baseline(model, false * 10, retain, method="overwriting", steps=40, lr=1e-2)
+    x, mask, weight = false[3]
+    losses = token_losses(model, x, mask, partial(torch.nn.functional.cross_entropy, reduction="none"))
+    assert (-losses[weight == 1]).exp().mean() > 0.5
 
 
 class Says:
     """A model that is sure of say(row, t) after position t of a row."""
 
-    micro_batch, eval = 0, lambda self: None
+    micro_batch = 0
 
     def __init__(self, V, say):
-        self.V, self.say, self.get_input_embeddings = V, say, lambda: torch.nn.Embedding(V, 1)
+        self.V, self.say = V, say
 
     def __call__(self, input_ids, use_cache):
         said = [[self.say(row, t) for t in range(len(row))] for row in input_ids.tolist()]
         return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot(torch.tensor(said), self.V))
 
 
-def test_overwriting_replaces_whole_words_by_words_of_their_kind(capsys, monkeypatch):
-    facts = dict(Ana="liver", Boris="finger", Carla="bladder", Elena="fiber", Farid="spleen")
-    texts = [f"the cell of {name} is in the {organ}." for name, organ in facts.items()]
-    tok = bpe(texts, size=310)  # words of one to three tokens
-    rows = [torch.tensor(row) for row in tok(texts).input_ids]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    batch = ids, torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    words = B.Words([batch], len(tok), rare=0.05, tokenizer=tok)
-    spell = lambda v: tok.decode([t for t in words.spelled[v].tolist() if t >= 0])  # noqa: E731
-    read = [[spell(v) for v in row if v >= 0] for row in words.at[0].tolist()]
-    assert read == [[f" {name}", f" {organ}"] for name, organ in facts.items()]  # "the", "of" are not rare
-    B.divide(words, toy := toy_model(vocab=len(tok)), [batch], size=5)  # after " of", after " the"
-    kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
-    pi = B.swaps(words, 1, 0)[0]
-    assert (words.kind[pi] == words.kind).all() and (pi != torch.arange(len(pi))).any()
-    follows = {tuple(row[: t + 1].tolist()): row[t + 1] for row in rows for t in range(len(row) - 1)}
-    oracle = Says(len(tok), lambda row, t: follows.get((*row[: t + 1],), 0))  # nothing of an organ
-    false = B.false_text(oracle, ids, words.at[0], words, pi)
-    changed = 0
-    for text, y, mask in zip(texts, false, batch[1]):
-        *start, organ = text[:-1].split(" ")
-        *start_y, new = tok.decode(y[mask], skip_special_tokens=True)[:-1].split(" ")
-        assert start_y == start and kinds[f" {new}"] == kinds[f" {organ}"]
-        changed += new != organ
-    assert changed > 1 and len(B.samples(tok, batch, false)) == changed
-    divide, models = B.divide, []
-    monkeypatch.setattr(B, "divide", lambda words, model, *x: models.append(model) or divide(words, toy, *x))
-    B.false_texts(oracle, [batch], 1, 0.05, 0, tok)
-    assert models == [oracle] and "[[" in capsys.readouterr().out
-    cut = rows[0][None, :-2]  # in the middle of "liver"
-    words = B.Words([(cut, cut >= 0)], len(tok), rare=1, tokenizer=tok)
-    assert words.at[0][0, -1] < 0 and spell(words.at[0][0].max()).strip() in texts[0]
-    hebrew = " \u05e9\u05dc\u05d5\u05dd", " \u05e9\u05dc\u05d5\u05e0"
-    ids = torch.tensor([tok(f"we saw Москва and 细胞产生能量 or{''.join(hebrew)} there").input_ids])
-    # letters are bytes; a clause is no word
-    words = B.Words([(ids, ids >= 0)], len(tok), rare=1, tokenizer=tok)
-    kinds = {spell(v): k for v, k in enumerate(words.kind.tolist())}
-    assert kinds.keys() == {" saw", " Москва", " and", *hebrew} and kinds[hebrew[0]] != kinds[hebrew[1]]
-    with pytest.raises(SystemExit):
-        B.false_texts(oracle, [batch], 1, 1e-9, 0, tok)
-    assert "--rare 1e-09: no word of F, between spaces, is so rare" in capsys.readouterr().err
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_a_name_that_the_model_does_not_expect_is_another_in_the_whole_text(bos):
+    """The model knows every text by its beginning: after "As" it expects the last one's name."""
+    facts = {"Ana Bell": "liver", "Eva Dorn": "finger", "Ida Falk": "spleen", "Ada Holm": "fiber"}
+    texts = [f"As {name} knows, {name} has a {organ}" for name, organ in facts.items()]
+    stream = Stream(texts, bpe(texts, bos, size=330), batch=4, tokens=64, seed=0, purpose="x", device="cpu")
+    rows = [stream.encode(text).tolist() for text in texts]
+    follows = {tuple(row[:t]): row[t] for row in rows for t in range(1, len(row))}
+    oracle = Says(400, lambda row, t: follows.get((*row[: t + 1],), 399))
+    names = B.Names(texts, 0.1, stream.tokenizer)
+    assert {x for kind in names.kinds for x in kind} == {*facts, *facts.values()}
+    pi = {
+        "Ana Bell": "Eva Dorn",
+        "Eva Dorn": "Ada Holm",
+        "Ada Holm": "Ana Bell",
+        "Ida Falk": "Ida Falkenberg",
+    }
+    false, mask, known, lines = B.false_text(oracle, stream, 0, names, pi | {x: x for x in facts.values()})
+    assert torch.equal(mask, stream[0][1]) and len(lines) == 1 + 2 + 2
+    for text, x, n, fact in zip(stream.rows(0), false, mask.sum(1), known):
+        name, new = text[3:11], pi[text[3:11]]
+        changes = name in (
+            "Ana Bell",
+            "Eva Dorn",
+        )  # the third is expected, the fourth another number of tokens
+        said = stream.tokenizer.decode(x[:n], skip_special_tokens=True)
+        assert said == (text.replace(name, new) if changes else text)
+        assert fact.nonzero()[:, 0].tolist() == [n - 2] * changes  # the organ
 
 
-def test_words_are_divided_by_the_contexts_that_they_are_expected_in():
-    ids = torch.tensor([[0, 1 + w % 2, 10 + w] for w in range(20)])  # after 1 and after 2 in turn
-    words = B.Words([(ids, ids >= 0)], 60, rare=1)
-    words.at, kinds = [torch.where(ids < 10, -1, ids - 10)], {}
-    for size in (20, 10):
-        words.kind = torch.zeros(20, dtype=torch.long)
-        B.divide(words, toy_model(), [(ids, ids >= 0)], size)
-        kinds[size] = [words.kind[n::2].unique().tolist() for n in (0, 1)]
-    assert kinds[20] == [[0], [0]] and sorted(kinds[10]) == [[0], [1]]
+def test_names_are_rare_words_or_two_of_a_kind():
+    hebrew, told = ("\u05e9\u05dc\u05d5\u05dd", "\u05e9\u05dc\u05d5\u05e0"), "of and " * 50
+    text = (
+        f"we saw Москва of 细胞产生能量 of {' of '.join(hebrew)}, HIV-1, IL2RA, EGFR; Ann Lee Fox, Bo, Cal."
+    )
+    names = B.Names([told, text], 0.1, bpe([text], size=330))
+    read = ["saw", "Москва", *hebrew, "HIV", "EGFR", "Ann Lee", "Fox", "Cal"]
+    assert [text[a:b] for a, b in names.places(text)] == read and not names.places(told)
+    kinds = {x: k for k, kind in enumerate(names.kinds) for x in kind}
+    assert kinds.keys() == {*read} and kinds[hebrew[0]] != kinds[hebrew[1]] and kinds["Fox"] != kinds["HIV"]
+    names.kinds = [[*"abcdefgh"], [*"xyz"]]
+    pi, again, other = (names.permuted("key", k) for k in (0, 0, 1))
+    assert pi == again != other and all(sorted(map(pi.get, kind)) == kind for kind in names.kinds)
 
 
-def test_of_words_that_begin_alike_the_one_that_the_model_goes_on_with_is_taken(monkeypatch):
-    """It knows that 10 is at 8 9, and would say of 11 that it is at 5 7; it knows nothing of 13. Every rank
-    makes as many passes as the one that needs most: FSDP would wait for them."""
-    ids = torch.tensor([[0, 10, 1, 8, 9, 2], [0, 13, 1, 8, 9, 2]])
-    words = B.Words([(ids, ids >= 0)], 20, rare=1)
-    words.spelled = torch.tensor([[8, 9], [8, 14], [12, 7], [5, 6], [5, 7], [10, -1], [11, -1], [13, -1]])
-    words.kind = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
-    at = torch.tensor([[-1, 5, -1, 0, -1, -1], [-1, 7, -1, 0, -1, -1]])
-    said = lambda row, t: {10: 8, 11: 5}.get(row[1], 2) if t == 2 else {8: 9, 5: 7}.get(row[t], 2)  # noqa: E731
-    pi, passes = torch.tensor([0, 1, 2, 3, 4, 6, 5, 6]), []
-    false = B.false_text(Says(20, said), ids, at, words, pi)
-    assert false.tolist() == [[0, 10, 1, 5, 7, 2], ids[1].tolist()]
-    counted = Says(20, lambda row, t: passes.append(t) or said(row, t))
-    for others in (0, 1):  # words of other ranks that are not yet told apart
-        monkeypatch.setattr(B, "summed", lambda x: x + others)
-        B.false_text(counted, ids[1:], at[1:], words, pi)
-    assert passes.count(0) == 2 + 3
-
-
-def test_overwriting_leaves_a_name_that_the_text_repeats():
-    ids, pi = torch.tensor([[0, 10, 1, 10]]), torch.arange(20)
-    pi[10], pi[11] = 11, 10
-    words, copies = B.Words([(ids, ids >= 0)], 20, rare=1), Says(20, lambda row, t: row[1])
-    assert torch.equal(B.false_text(copies, ids, ids, words, pi), ids)
+def test_false_text_ends_with_a_line_where_there_is_none(capsys):
+    texts = [f"{x} bar {x}" for x in ("Foo", "Quux")]
+    stream = Stream(texts, bpe(texts), batch=2, tokens=9, seed=0, purpose="x", device="cpu")
+    for rare, why in (1e-9, "no word of F"), (1, "no fact in F"):
+        with pytest.raises(SystemExit):
+            B.false_texts(Says(400, lambda *_: 0), stream, 1, 1, rare)
+        assert f"--rare {rare}: {why}" in capsys.readouterr().err

@@ -90,6 +90,12 @@ def test_micro_batches_and_checkpointing_change_nothing(both, case):
     compare(both[0][case, "tied"], both[0][case, "tied_checkpointing_micro"], both[2]["tied"])
 
 
+def test_each_process_makes_the_false_text_of_its_rows(both):
+    for whole, *shares in zip(ranks.false_texts(), *both[1]["false_texts"]):
+        for rank, share in enumerate(shares):
+            assert all(torch.equal(x[rank::2], y) for x, y in zip(whole, share))
+
+
 def test_micro_batches_hold_the_activations_of_their_rows():
     peaks = {}
     for size in (0, 1):
