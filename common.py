@@ -106,6 +106,8 @@ def load_model(name, dtype="auto", device="auto", flag="--model", meta=False):
         fail(f"{flag} {name}: no such directory; give a checkpoint directory or a hub name (owner/model)")
     if (folder / "state").is_dir() and not (folder / "args.json").exists():
         fail(f"{flag} {name}: this run was cut off; rerun its command first")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or "cuda" in device and not (cuda or meta):
+        fail(f"--device {device}: give auto, cpu, cuda or cuda:N, and that where torch sees a GPU")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # that there is one process
@@ -227,7 +229,7 @@ class Run:
             ids = torch.empty(batch // ranks(), args.tokens, dtype=torch.int64, device="meta")
             return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
         if own := texts is None and getattr(args, purpose, None):
-            if getattr(args, "forget", None) == args.retain:
+            if os.path.realpath(getattr(args, "forget", None) or "") == os.path.realpath(args.retain or ""):
                 fail("--forget and --retain are the same texts; give others to keep")
             texts = texts_of(read_table(own, f"--{purpose}"), own, f"--{purpose}")
         elif texts is None:
@@ -243,9 +245,13 @@ class Run:
         if self.args.dry_run:
             self.live = LiveBytes([*self.model.parameters(), *self.model.buffers()]).__enter__()
             return
-        self.state.mkdir(parents=True, exist_ok=True)
-        if summed(torch.tensor(float(not rank() and not lock(self.state / "lock")))):  # on all ranks
-            fail(f"--out {self.out}: another process is writing there; choose another --out")
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {self.out}: cannot be made ({error}); choose another --out")
+        lost = not rank() and (not lock(self.state / "lock") or (self.out / "args.json").exists())
+        if summed(torch.tensor(float(lost))):  # on all ranks
+            fail(f"--out {self.out}: another process is writing there, or has finished; choose another --out")
         marks = self.state.glob("*/.metadata")  # which is written last; half-deleted saves may have it
         last = max(marks, key=lambda file: file.stat().st_mtime, default=None)
         self.saved = last and last.parent
@@ -288,7 +294,7 @@ class Run:
         try:
             for i in range(done + 1, steps + 1):
                 yield i
-                wishes = torch.tensor([self.stop, i == steps or time.time() - self.last_saved > every])
+                wishes = torch.tensor([self.stop, i == steps or 0 < every < time.time() - self.last_saved])
                 if ranks() > 1:
                     dist.all_reduce(wishes, dist.ReduceOp.MAX)
                 stop, save = wishes.tolist()
@@ -310,11 +316,11 @@ class Run:
             folder.mkdir()
             shutil.copy(self.out / "metrics.jsonl", folder)
         barrier()
+        self.last_saved = time.time()
         try:
             dcp.save(tensors, checkpoint_id=folder)
         except (OSError, dcp.api.CheckpointException) as error:  # a full disk costs this save, not the run
             return say(f"{folder} could not be written ({str(error):.100}); the save before is kept")
-        self.last_saved = time.time()
         for old in {*self.state.glob("*-*")} - {folder} if not rank() else ():
             shutil.rmtree(old)
 
@@ -364,7 +370,7 @@ class Run:
         if args.dry_run and not phase:
             self.live.__exit__(None, None, None)
             raise SystemExit(self.report())
-        if args.dry_run or (folder / "args.json").exists():
+        if args.dry_run or phase and self.saved or (folder / "args.json").exists():  # it was over before
             return
         if weights and ranks() > 1:
             options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -740,7 +746,7 @@ def backward(model, loss, *batch, weight=None, factor=1.0, norms=None, then=None
     weight = batch[1][:, 1:] if weight is None else weight
     parts = [*zip(*(x.split(model.micro_batch or len(weight)) for x in (weight, *batch)))]
     params, hooks = [p for p in model.parameters() if p.requires_grad and then], []
-    total, value = summed(weight.sum()), 0
+    total, value = summed(weight.sum()).clamp_min(1e-9), 0
     before = None if norms is None else gradient_sample(model)
     for n, (w, *part) in enumerate(parts, 1):
         if n == len(parts) and ranks() == 1:

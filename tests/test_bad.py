@@ -61,6 +61,8 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--batch 661": "the forget set has 660 texts and a step needs 661; lower --batch",
         "--out @base": "base is a finished run; choose another --out",
         "--out @text.txt": "text.txt: not empty, and no run was cut off there; choose another --out",
+        "--out @text.txt/x": "text.txt/x: cannot be made ([Errno 20] Not a directory",
+        "--device gpu": "--device gpu: give auto, cpu, cuda or cuda:N",
         "--out @mmlu": "mmlu: not empty, and no run was cut off there; choose another --out",
         "--model @nowhere": "--model @nowhere: no such directory; give a checkpoint directory or a hub name",
         "--model @short": "--tokens 208: --model @short reads 32; lower --tokens",
@@ -87,7 +89,7 @@ BAD = {  # script: {flags (@: the folder of these files and of the checkpoints b
         "--forget @text.txt --retain @blank.txt": "the retain set has 0 texts",
         "--forget @two.csv --retain @text.txt": "these chunks have labels; give them as --data",
         "--forget @other.jsonl --retain @text.txt": "@other.jsonl: no column text or txt_chunk; it has txt",
-        "--forget @text.txt --retain @text.txt": "--forget and --retain are the same texts; give others",
+        "--forget @text.txt --retain @mmlu/../text.txt": "--forget and --retain are the same texts; give",
     },
     "recover": {
         "--base @nowhere": "--base @nowhere: no such directory",

@@ -3,6 +3,7 @@ there in between is never taken for a checkpoint."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,43 @@ def test_with_other_arguments_it_refuses_and_names_the_flag(tmp_path, capsys):
         refused(capsys, "random_mapping", *flags, flag, value, says=f"was begun with another {flag};")
     refused(capsys, "recover", "--tiny", "--ckpt", tmp_path / "out", says="was cut off; rerun its command")
     call("random_mapping", *flags, "--log-every", 2, "--save-every", 0)  # these change nothing
+
+
+def test_a_phase_that_was_over_is_not_saved_again(tmp_path):
+    """With what are not its weights."""
+    flags = cut_off("rmat", *SAVES, *RMAT, "--out", tmp_path / "out", at=2, phase="mlac_ar")
+    shutil.rmtree(tmp_path / "out/random_mapping")
+    call("rmat", *flags)
+    assert (tmp_path / "out/args.json").exists() and not (tmp_path / "out/random_mapping").exists()
+
+
+def test_what_another_process_finished_meanwhile_stays(tmp_path, monkeypatch, capsys):
+    begin = common.Run.begin
+
+    def late(self, tokens):
+        self.out.mkdir()
+        (self.out / "args.json").touch()
+        begin(self, tokens)
+
+    monkeypatch.setattr(common.Run, "begin", late)
+    flags = ("random_mapping", *SHORT, "--steps", 2, "--out", tmp_path / "out")
+    refused(capsys, *flags, says="another process is writing there, or has finished")
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_save_that_failed_is_not_tried_again_at_every_step(tmp_path, monkeypatch, capsys):
+    begin, tried = common.Run.begin, []
+
+    def full(*_, **more):
+        tried.append(more)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.dcp, "save", full)
+    monkeypatch.setattr(
+        common.Run, "begin", lambda self, **x: begin(self, **x) or setattr(self, "last_saved", 0)
+    )
+    call("random_mapping", *SHORT, "--steps", 4, "--save-every", 10, "--out", tmp_path / "out")
+    assert len(tried) == 2  # at the first step and at the last
 
 
 def test_only_whole_saves_count_and_a_full_disk_costs_no_more_than_a_save(tmp_path, monkeypatch, capsys):
