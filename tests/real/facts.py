@@ -3,7 +3,7 @@
     python tests/real/facts.py out/facts --pile FILE ..     -> out/facts/chunks.jsonl, pairs.jsonl, mmlu
     python random_mapping.py --model MODEL --data out/facts/chunks.jsonl --dtype bfloat16 --batch 8 \\
         --tokens 64 --lr 1e-4 --steps 80
-    python baselines.py --method overwriting --rare 0.01 ..    (as before, --lr 3e-4 --steps 250)
+    python baselines.py --method overwriting --rare 0.002 ..   (as before, --lr 3e-4 --steps 250)
     python recover.py --ckpt out/overwriting --recovery out/facts/pairs.jsonl --mmlu out/facts/mmlu \\
         --forget-subjects capitals countries --format cloze --dtype bfloat16 --batch 16 --micro-batch 0 \\
         --tokens 32 --lr 1e-4 --steps 60 --eval-every 60 --sweep --only paper lr_3x mix_3x
