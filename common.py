@@ -229,7 +229,8 @@ class Run:
             ids = torch.empty(batch // ranks(), args.tokens, dtype=torch.int64, device="meta")
             return defaultdict(lambda: (ids, ids.bool()))  # [i] is the same for every i
         if own := texts is None and getattr(args, purpose, None):
-            if os.path.realpath(getattr(args, "forget", None) or "") == os.path.realpath(args.retain or ""):
+            forget = getattr(args, "forget", None)
+            if forget and os.path.realpath(forget) == os.path.realpath(args.retain or ""):
                 fail("--forget and --retain are the same texts; give others to keep")
             texts = texts_of(read_table(own, f"--{purpose}"), own, f"--{purpose}")
         elif texts is None:

@@ -115,7 +115,7 @@ def test_with_other_arguments_it_refuses_and_names_the_flag(tmp_path, capsys):
 
 
 def test_a_phase_that_was_over_is_not_saved_again(tmp_path):
-    """With what are not its weights."""
+    """The model has other weights by then."""
     flags = cut_off("rmat", *SAVES, *RMAT, "--out", tmp_path / "out", at=2, phase="mlac_ar")
     shutil.rmtree(tmp_path / "out/random_mapping")
     call("rmat", *flags)
